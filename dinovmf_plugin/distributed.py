@@ -1,0 +1,57 @@
+"""Exact reductions over the rows that all ranks hold; plain functions without a process group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["is_distributed", "logsumexp_over_ranks", "mean_over_rows", "total", "world_size"]
+
+
+def is_distributed() -> bool:
+    """Whether a process group of more than one rank is running."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group.
+
+    Example:
+        >>> world_size()
+        1
+    """
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def total(count: int) -> int:
+    """Sum of a per-rank count, e.g. of rows; at least 1 so that it can divide."""
+    if is_distributed():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        counts = torch.tensor(count, dtype=torch.int64, device=device)
+        dist.all_reduce(counts)
+        count = int(counts)
+    return max(count, 1)
+
+
+def mean_over_rows(x: Tensor) -> Tensor:
+    """Mean over the rows of all ranks, ``(rows, K) -> (1, K)``: sums and counts, not mean of means."""
+    summed = x.sum(dim=0, keepdim=True)
+    if is_distributed():
+        dist.all_reduce(summed)
+    return summed / total(len(x))
+
+
+def logsumexp_over_ranks(x: Tensor) -> Tensor:
+    """``log sum exp`` over the rows of all ranks, ``(rows, K) -> (1, K)``; exact by max and sum."""
+    if len(x):
+        local = torch.logsumexp(x, dim=0, keepdim=True)
+    else:
+        local = x.new_full((1, x.shape[-1]), -torch.inf)
+    if not is_distributed():
+        return local
+    peak = local.clone()
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    summed = (local - peak).exp()
+    dist.all_reduce(summed)
+    return peak + summed.log()
