@@ -1,0 +1,227 @@
+"""A timm Vision Transformer of the right size, inferred from the tensors themselves."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from dinovmf_plugin import backbones
+
+__all__ = ["ViTShape", "build_vit", "infer_shape", "resize_position_embedding"]
+
+# width -> (name, heads) of the field's standard sizes; solo-learn calls them vit_tiny .. vit_large
+_STANDARD = {
+    192: ("vit_tiny", 3, 12),
+    384: ("vit_small", 6, 12),
+    768: ("vit_base", 12, 12),
+    1024: ("vit_large", 16, 24),
+    1280: ("vit_huge", 16, 32),
+}
+_WIDTHS = {name: width for width, (name, _, _) in _STANDARD.items()}
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """Everything that ``timm.models.VisionTransformer`` needs to hold a set of weights.
+
+    Attributes:
+        embed_dim: width ``D``.
+        depth: number of blocks.
+        num_heads: attention heads, which no tensor tells; see ``heads_from``.
+        mlp_ratio: hidden width of the MLP over ``D``.
+        patch_size: pixels ``(height, width)`` of a patch.
+        grid: patches ``(rows, columns)`` of the position embeddings.
+        in_chans: image channels.
+        qkv_bias: whether the attention's input projection has a bias.
+        layer_scale: whether blocks scale their branches (LayerScale).
+        heads_from: where ``num_heads`` was found.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    patch_size: tuple[int, int]
+    grid: tuple[int, int]
+    in_chans: int
+    qkv_bias: bool
+    layer_scale: bool
+    heads_from: str
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Pixels ``(height, width)`` of the images that the position embeddings were made for."""
+        return self.grid[0] * self.patch_size[0], self.grid[1] * self.patch_size[1]
+
+    @property
+    def architecture(self) -> str:
+        """Nearest name in timm, such as ``vit_small_patch16_224``; sizes are kept in ``model_args``."""
+        names = {"vit_huge": "vit_huge_patch14_224", "vit_tiny": "vit_tiny_patch16_224"}
+        name = _STANDARD.get(self.embed_dim, ("vit_base", 0, 0))[0]
+        if self.patch_size == (8, 8) and name in ("vit_small", "vit_base"):
+            return f"{name}_patch8_224"
+        return names.get(name, f"{name}_patch16_224")
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Keyword arguments that turn ``architecture`` (or the bare class) into this shape."""
+        return {
+            "img_size": list(self.img_size),
+            "patch_size": list(self.patch_size),
+            "in_chans": self.in_chans,
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "qkv_bias": self.qkv_bias,
+            "init_values": 1e-5 if self.layer_scale else None,
+        }
+
+    def __str__(self) -> str:
+        standard = _STANDARD.get(self.embed_dim)
+        exact = standard is not None and standard[1:] == (self.num_heads, self.depth)
+        name = standard[0] if standard is not None and exact else "ViT"
+        patch_h, patch_w = self.patch_size
+        patch = f"{patch_h}" if patch_h == patch_w else f"{patch_h}x{patch_w}"
+        return (
+            f"{name}/{patch} (width {self.embed_dim}, depth {self.depth}, "
+            f"{self.num_heads} heads from {self.heads_from}, grid {self.grid[0]}x{self.grid[1]})"
+        )
+
+
+def _select(config: Mapping[str, Any], *path: str) -> Any:
+    value: Any = config
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _heads(
+    embed_dim: int, config: Mapping[str, Any], model_name: str | None, num_heads: int | None
+) -> tuple[int, str]:
+    stored = _select(config, "backbone", "kwargs", "num_heads") or _select(
+        config, "model_args", "num_heads"
+    )
+    if num_heads is not None:
+        heads, origin = num_heads, "num_heads"
+    elif model_name is not None:
+        standard = re.match(r"(?:deit|vit)_(?:tiny|small|base|large|huge)", model_name)
+        if standard is None:
+            raise ValueError(f"model_name={model_name!r} is unknown: choose one of {list(_WIDTHS)}")
+        width = _WIDTHS[standard[0].replace("deit", "vit")]
+        if embed_dim != width:
+            raise ValueError(
+                f"model_name={model_name!r} has width {width}, but the file's tensors have width "
+                f"{embed_dim}"
+            )
+        heads, origin = _STANDARD[embed_dim][1], "model_name"
+    elif isinstance(stored, int):
+        heads, origin = stored, "the file's config"
+    elif embed_dim in _STANDARD:
+        heads, origin = _STANDARD[embed_dim][1], "the standard size"
+    elif embed_dim % 64 == 0:
+        heads, origin = embed_dim // 64, "width / 64"
+    else:
+        raise ValueError(
+            f"the file does not tell its number of attention heads, and the width {embed_dim} is no "
+            "multiple of 64: pass num_heads"
+        )
+    if heads < 1 or embed_dim % heads:
+        raise ValueError(f"num_heads={heads} does not divide the width {embed_dim}")
+    return heads, origin
+
+
+def _grid(tokens: int, patch_size: tuple[int, int], config: Mapping[str, Any]) -> tuple[int, int]:
+    side = math.isqrt(tokens)
+    if side * side == tokens:
+        return side, side
+    size = _select(config, "model_args", "img_size") or _select(
+        config, "backbone", "kwargs", "img_size"
+    )
+    if isinstance(size, list | tuple) and len(size) == 2:
+        rows, cols = int(size[0]) // patch_size[0], int(size[1]) // patch_size[1]
+        if rows * cols == tokens:
+            return rows, cols
+    raise ValueError(
+        f"{tokens} patch position embeddings make no square grid, and the file's config has no "
+        "img_size (height, width) that they fit"
+    )
+
+
+def infer_shape(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    *,
+    model_name: str | None = None,
+    num_heads: int | None = None,
+) -> ViTShape:
+    """Read the architecture of a ViT off its tensors' shapes.
+
+    Args:
+        tensors: backbone tensors under timm's names.
+        config: settings stored with them, for what shapes do not tell (number of heads, a grid that
+            is not square).
+        model_name: ``vit_tiny``, ``vit_small``, ``vit_base``, ``vit_large`` or ``vit_huge`` (a longer
+            timm name that starts so is fine); checked against the width, and gives the heads.
+        num_heads: overrides every other source.
+
+    Raises:
+        ValueError: if the tensors are no plain ViT, or the number of heads or the grid stays open.
+
+    Example:
+        >>> vit = VisionTransformer(embed_dim=192, depth=1, num_heads=3, num_classes=0, img_size=32)
+        >>> str(infer_shape(vit.state_dict()))
+        'ViT/16 (width 192, depth 1, 3 heads from the standard size, grid 2x2)'
+    """
+    config = config or {}
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+    absent = [name for name in (*needed, "blocks.0.mlp.fc1.weight") if name not in tensors]
+    if absent:
+        found = ", ".join(list(tensors)[:5]) or "none"
+        raise ValueError(
+            "only plain Vision Transformers are supported: the backbone has no "
+            f"{', '.join(absent)}; its first tensors are {found}"
+        )
+    conv, pos = tensors["patch_embed.proj.weight"], tensors["pos_embed"]
+    if conv.ndim != 4 or pos.ndim != 3 or pos.shape[1] < 2:
+        raise ValueError(
+            f"patch_embed.proj.weight {tuple(conv.shape)} or pos_embed {tuple(pos.shape)} does not "
+            "have a plain Vision Transformer's shape, (D, channels, h, w) and (1, 1 + patches, D)"
+        )
+    embed_dim = conv.shape[0]
+    patch_size = (conv.shape[2], conv.shape[3])
+    numbers = [int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))]
+    heads, heads_from = _heads(embed_dim, config, model_name, num_heads)
+    return ViTShape(
+        embed_dim=embed_dim,
+        depth=max(numbers) + 1,
+        num_heads=heads,
+        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        patch_size=patch_size,
+        grid=_grid(pos.shape[1] - 1, patch_size, config),
+        in_chans=conv.shape[1],
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        layer_scale="blocks.0.ls1.gamma" in tensors,
+        heads_from=heads_from,
+    )
+
+
+def build_vit(shape: ViTShape) -> VisionTransformer:
+    """An untrained timm ViT of this shape without classifier; LayerNorm epsilon 1e-6 as official."""
+    return VisionTransformer(num_classes=0, weight_init="skip", **shape.model_args)
+
+
+def resize_position_embedding(vit: nn.Module, img_size: tuple[int, int]) -> Tensor:
+    """Position embeddings ``(1, T, D)`` of ``vit`` for images of another size (height, width).
+
+    The same bicubic resampling that ``backbones.forward_tokens`` applies on the fly.
+    """
+    prefix, patches = backbones._position_embedding(vit, *backbones.patch_grid(vit, *img_size))
+    return patches if prefix is None else torch.cat([prefix, patches], dim=1)

@@ -1,0 +1,217 @@
+"""Which project wrote a weight file, and where its backbone and head are in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from dinovmf_plugin.checkpoints.reading import read_file, resolve_file
+
+__all__ = ["SOURCES", "Source", "StoredWeights", "Which", "read_weights"]
+
+Which = Literal["teacher", "student"]
+Source = Literal["dinovmf_plugin", "solo", "dino", "ibot", "msn", "timm"]
+SOURCES: tuple[str, ...] = get_args(Source)
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Weights of one network as found in a file, under timm's names.
+
+    Attributes:
+        path: the file.
+        source: the layout that was recognised; ``timm`` is a bare ViT state dict, which is also what
+            DINO, iBOT and MSN publish as backbone-only files.
+        which: ``teacher`` or ``student``; ``unnamed`` if the file holds one nameless network.
+        backbone: tensors of the Vision Transformer.
+        head: tensors of the projection head (``mlp.*``, ``last_layer.*``, ``last_layer2.*``).
+        config: settings stored with the weights (resolved config, ``args``, or ``config.json``).
+    """
+
+    path: Path
+    source: Source
+    which: str
+    backbone: dict[str, Tensor]
+    head: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def _tensors(mapping: Any) -> dict[str, Tensor]:
+    """Tensors of a state dict without the parts that DDP and torch.compile put into the names."""
+    wrappers = {"module", "_orig_mod"}
+    return {
+        ".".join(part for part in name.split(".") if part not in wrappers): value
+        for name, value in mapping.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+
+
+def _below(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    for prefix in prefixes:
+        found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        if found:
+            return found
+    return {}
+
+
+def _backbone_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm's names for the few tensors that iBOT calls otherwise (layer scale)."""
+    renamed = {}
+    for name, value in tensors.items():
+        name = name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")
+        renamed[name] = value
+    return renamed
+
+
+def _head_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names of ``DINOHead``: old and new weight norm alike, one-layer MLPs, no stale products."""
+    renamed = {}
+    for name, value in tensors.items():
+        name = name.replace("parametrizations.weight.original0", "weight_g")
+        name = name.replace("parametrizations.weight.original1", "weight_v")
+        if name in ("mlp.weight", "mlp.bias"):
+            name = name.replace("mlp.", "mlp.0.")
+        renamed[name] = value
+    # weight norm's hook stores g v / ||v|| as `.weight` in some files: computed, and stale after EMA
+    for layer in ("last_layer", "last_layer2"):
+        if f"{layer}.weight_v" in renamed:
+            renamed.pop(f"{layer}.weight", None)
+    return renamed
+
+
+def _msn_head(tensors: Mapping[str, Tensor], prototypes: Any) -> dict[str, Tensor]:
+    """MSN's ``fc.fc1, bn1, fc2, bn2, fc3`` and its bare prototype matrix as a ``DINOHead``."""
+    has_bn = any(name.startswith("bn") for name in tensors)
+    stride = 3 if has_bn else 2
+    index = {"fc1": 0, "bn1": 1, "fc2": stride, "bn2": stride + 1, "fc3": 2 * stride}
+    head = {}
+    for name, value in tensors.items():
+        layer, _, rest = name.partition(".")
+        if layer in index:
+            head[f"mlp.{index[layer]}.{rest}"] = value
+    if head and isinstance(prototypes, Tensor):
+        head["last_layer.weight_v"] = prototypes
+        head["last_layer.weight_g"] = prototypes.new_ones(len(prototypes), 1)
+    return head
+
+
+def _args_beside(path: Path) -> dict[str, Any]:
+    """``args.json`` that solo-learn writes into the folder of its checkpoints."""
+    beside = path.parent / "args.json"
+    if not beside.is_file():
+        return {}
+    try:
+        content = json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{beside} is not valid JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _is_lightning(content: Mapping[str, Any]) -> bool:
+    state = content.get("state_dict")
+    return isinstance(state, Mapping) and (
+        "pytorch-lightning_version" in content
+        or "dinovmf_plugin" in content
+        or any(str(name).startswith(("momentum_", "classifier.")) for name in state)
+    )
+
+
+def _lightning(path: Path, content: dict[str, Any], which: Which) -> StoredWeights:
+    tensors = _tensors(content["state_dict"])
+    own = content.get("dinovmf_plugin")
+    config = dict(own.get("cfg") or {}) if isinstance(own, dict) else {}
+    config = config or _args_beside(path)
+    teacher = which == "teacher"
+    backbone = _below(
+        tensors,
+        *(("momentum_backbone.", "momentum_encoder.") if teacher else ("backbone.", "encoder.")),
+    )
+    if not backbone:
+        other = "student" if teacher else "teacher"
+        raise ValueError(f"{path} holds no {which} backbone: try which={other!r}")
+    head = _head_names(_below(tensors, "momentum_head." if teacher else "head."))
+    if head and "last_layer.weight_v" not in head:  # MSN: one set of prototypes for both networks
+        head |= {f"last_layer.{k}": v for k, v in _below(tensors, "prototypes.").items()}
+    source: Source = "dinovmf_plugin" if isinstance(own, dict) else "solo"
+    return StoredWeights(path, source, which, _backbone_names(backbone), head, config)
+
+
+def _student_teacher(path: Path, content: dict[str, Any], which: Which) -> StoredWeights:
+    if not isinstance(content.get(which), Mapping):
+        raise ValueError(f"{path} holds no {which} weights; its keys are {', '.join(content)}")
+    tensors = _tensors(content[which])
+    networks = [content[k] for k in ("student", "teacher") if isinstance(content.get(k), Mapping)]
+    ibot = "ibot_loss" in content or any(
+        "last_layer2" in name or name.endswith("masked_embed") for net in networks for name in net
+    )
+    args = content.get("args")
+    return StoredWeights(
+        path,
+        "ibot" if ibot else "dino",
+        which,
+        _backbone_names(_below(tensors, "backbone.")),
+        _head_names(_below(tensors, "head.")),
+        dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
+    )
+
+
+def _msn(path: Path, content: dict[str, Any], which: Which) -> StoredWeights:
+    key = "target_encoder" if which == "teacher" else "encoder"
+    if not isinstance(content.get(key), Mapping):
+        raise ValueError(f"{path} holds no {key}, MSN's name for the {which}")
+    tensors = _tensors(content[key])
+    return StoredWeights(
+        path,
+        "msn",
+        which,
+        _backbone_names({k: v for k, v in tensors.items() if not k.startswith(("fc.", "pred."))}),
+        _msn_head(_below(tensors, "fc."), content.get("prototypes")),
+        {k: content[k] for k in ("temperature",) if k in content},
+    )
+
+
+def _bare(path: Path, content: dict[str, Any]) -> StoredWeights:
+    config = content.get("config")
+    state = content.get("state_dict", content.get("model", content))
+    tensors = _tensors(state if isinstance(state, Mapping) else {})
+    head = {k: v for k, v in _below(tensors, "head.").items() if k.startswith(("mlp", "last_"))}
+    backbone = _below(tensors, "backbone.") or {
+        k: v for k, v in tensors.items() if k.removeprefix("head.") not in head
+    }
+    config = config if isinstance(config, dict) else {}
+    which = str(config.get("dinovmf_plugin", {}).get("which", "unnamed"))
+    return StoredWeights(path, "timm", which, _backbone_names(backbone), _head_names(head), config)
+
+
+def read_weights(path: str | Path, which: Which = "teacher") -> StoredWeights:
+    """Read a file of any known layout and pick the teacher or the student.
+
+    Args:
+        path: official DINO, iBOT or MSN checkpoint, solo-learn or plugin ``.ckpt``, a bare ViT state
+            dict, a ``.safetensors`` file, or an exported folder.
+        which: ``teacher`` (EMA network, the one that the papers evaluate) or ``student``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is unreadable (see ``read_file``), holds no such network, or
+            ``which`` is unknown.
+    """
+    if which not in get_args(Which):
+        raise ValueError(f"which={which!r} is unknown: choose 'teacher' or 'student'")
+    path = resolve_file(path)
+    content = read_file(path)
+    if _is_lightning(content):
+        return _lightning(path, content, which)
+    if isinstance(content.get("student"), Mapping) or isinstance(content.get("teacher"), Mapping):
+        return _student_teacher(path, content, which)
+    if isinstance(content.get("target_encoder"), Mapping) or (
+        isinstance(content.get("encoder"), Mapping) and "prototypes" in content
+    ):
+        return _msn(path, content, which)
+    return _bare(path, content)

@@ -1,0 +1,213 @@
+"""Weights into a timm Vision Transformer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from dinovmf_plugin.checkpoints.architecture import (
+    build_vit,
+    infer_shape,
+    resize_position_embedding,
+)
+from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
+from dinovmf_plugin.checkpoints.report import LoadReport
+
+__all__ = ["MIN_COVERAGE", "backbone_from", "initialize_from", "load_backbone"]
+
+MIN_COVERAGE = 0.95
+
+
+def _fit(
+    module: nn.Module, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Split tensors into (fitting, missing names, unexpected names, mismatched descriptions)."""
+    own = module.state_dict()
+    fitting, mismatched = {}, []
+    for name, value in tensors.items():
+        if name not in own:
+            continue
+        if value.shape == own[name].shape:
+            fitting[name] = value
+        else:
+            mismatched.append(
+                f"{name} (file {tuple(value.shape)}, network {tuple(own[name].shape)})"
+            )
+    missing = tuple(name for name in own if name not in tensors)
+    unexpected = tuple(name for name in tensors if name not in own)
+    return fitting, missing, unexpected, tuple(mismatched)
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{path} holds inf or nan in {name}: the training that wrote it diverged"
+            )
+
+
+def _load(
+    stored: StoredWeights, module: nn.Module, tensors: Mapping[str, Tensor], model_name: str
+) -> LoadReport:
+    """Copy the tensors that fit; refuse if too few do, warn if not all do."""
+    fitting, missing, unexpected, mismatched = _fit(module, tensors)
+    report = LoadReport(
+        path=stored.path,
+        source=stored.source,
+        which=stored.which,
+        model_name=model_name,
+        matched=tuple(fitting),
+        missing=missing,
+        unexpected=unexpected,
+        mismatched=mismatched,
+    )
+    if report.coverage < MIN_COVERAGE:
+        raise ValueError(
+            f"{stored.path} was refused: only {report.coverage:.1%} of the backbone's tensors match, "
+            f"{MIN_COVERAGE:.0%} are needed\n{report}"
+        )
+    _check_finite(stored.path, fitting)
+    module.load_state_dict(fitting, strict=False)
+    if missing or mismatched:
+        warnings.warn(f"not every tensor was loaded\n{report}", stacklevel=3)
+    return report
+
+
+def backbone_from(
+    stored: StoredWeights,
+    *,
+    model_name: str | None = None,
+    num_heads: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> tuple[VisionTransformer, LoadReport]:
+    """``load_backbone`` for weights that are read already; same arguments, same errors."""
+    try:
+        shape = infer_shape(
+            stored.backbone, stored.config, model_name=model_name, num_heads=num_heads
+        )
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {error}") from error
+    vit = build_vit(shape)
+    report = _load(stored, vit, stored.backbone, str(shape))
+    if img_size is not None:
+        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        resized = replace(
+            shape, grid=(size[0] // shape.patch_size[0], size[1] // shape.patch_size[1])
+        )
+        if resized.img_size != tuple(size):
+            raise ValueError(
+                f"img_size={img_size} is no multiple of the patch size "
+                f"{shape.patch_size[0]}x{shape.patch_size[1]}"
+            )
+        if resized.grid != shape.grid:
+            state = vit.state_dict() | {"pos_embed": resize_position_embedding(vit, size)}
+            vit = build_vit(resized)
+            vit.load_state_dict(state)
+            report = replace(report, model_name=str(resized), resized=(shape.grid, resized.grid))
+    return vit.eval(), report
+
+
+def load_backbone(
+    path: str | Path,
+    *,
+    which: Which = "teacher",
+    model_name: str | None = None,
+    num_heads: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> tuple[VisionTransformer, LoadReport]:
+    """Load a Vision Transformer from any layout that this project knows.
+
+    Official DINO, iBOT and MSN checkpoints (full or backbone-only), solo-learn's and this plugin's
+    ``.ckpt``, bare timm state dicts, ``.safetensors`` files and exported folders. The architecture is
+    inferred from the tensors. Nothing that a file contains is executed.
+
+    Args:
+        path: the file, or a folder with ``model.safetensors``.
+        which: ``teacher`` (the EMA network, which the papers evaluate) or ``student``. Ignored by
+            files that hold one nameless network; the report then says ``unnamed``.
+        model_name: ``vit_tiny`` .. ``vit_huge``, when the number of heads cannot be inferred.
+        num_heads: number of attention heads, for other sizes.
+        img_size: pixels of a side (or height, width) to resample the position embeddings for. Not
+            needed for ``backbones.forward_tokens``, which takes any size.
+
+    Returns:
+        The network in eval mode, float32, without classifier (``vit(images)`` gives the CLS feature
+        ``(B, D)``), and the report of matched, missing and unexpected tensors. Up to 5 % of missing
+        tensors are tolerated with a warning.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, corrupt, holds code, is no plain Vision Transformer, holds no
+            such network, or matches less than 95 %; the message carries the report.
+
+    Example:
+        >>> import tempfile, torch
+        >>> source = VisionTransformer(embed_dim=192, depth=1, num_heads=3, num_classes=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(source.state_dict(), f"{folder}/vit.pth")
+        ...     vit, report = load_backbone(f"{folder}/vit.pth")
+        >>> report.source, report.which, len(report.matched), report.missing
+        ('timm', 'unnamed', 18, ())
+    """
+    stored = read_weights(path, which)
+    return backbone_from(stored, model_name=model_name, num_heads=num_heads, img_size=img_size)
+
+
+def initialize_from(
+    backbone: nn.Module,
+    head: nn.Module | None,
+    path: str | Path,
+    which: Which = "teacher",
+) -> LoadReport:
+    """Start a training from stored weights (``method_kwargs.init_from``).
+
+    The backbone must match; its position embeddings are resampled to the network's grid. Of the head
+    every tensor is taken that has the right shape, so that another number of prototypes keeps the
+    MLP and starts new prototypes.
+
+    Args:
+        backbone: timm-style ViT to fill.
+        head: projection head to fill, or None.
+        path: see ``load_backbone``.
+        which: ``teacher`` or ``student``.
+
+    Returns:
+        The report; ``head_skipped`` names the head tensors that keep their initial values.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: as ``load_backbone``, or if the file's ViT has another size than ``backbone``.
+    """
+    stored = read_weights(path, which)
+    heads = int(backbone.blocks[0].attn.num_heads)  # type: ignore[union-attr, index]
+    source, source_report = backbone_from(stored, num_heads=heads)
+    tensors = dict(source.state_dict())
+    for name in source_report.missing:
+        del tensors[name]
+    old = tuple(source.patch_embed.grid_size)
+    new = tuple(backbone.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+    if old != new:
+        patch_h, patch_w = source.patch_embed.patch_size
+        tensors["pos_embed"] = resize_position_embedding(
+            source, (new[0] * patch_h, new[1] * patch_w)
+        )
+    report = _load(stored, backbone, tensors, source_report.model_name)
+    report = replace(
+        report,
+        unexpected=(*source_report.unexpected, *report.unexpected),
+        resized=(old, new) if old != new else None,
+    )
+    if head is None:
+        return report
+    fitting, missing, unexpected, mismatched = _fit(head, stored.head)
+    _check_finite(stored.path, fitting)
+    head.load_state_dict(fitting, strict=False)
+    absent = [f"{name} (not in the file)" for name in missing]
+    extra = [f"{name} (no place in the head)" for name in unexpected]
+    return replace(report, head_matched=tuple(fitting), head_skipped=(*mismatched, *absent, *extra))
