@@ -1,0 +1,1 @@
+"""The mixture under the microscope: utilisation, precision, figures, the mixture as a model, monitors."""
