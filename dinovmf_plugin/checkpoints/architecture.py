@@ -84,14 +84,19 @@ class ViTShape:
             "init_values": 1e-5 if self.layer_scale else None,
         }
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """Name in the papers' style, such as ``vit_small/16``; ``ViT/8`` for unusual sizes."""
         standard = _STANDARD.get(self.embed_dim)
         exact = standard is not None and standard[1:] == (self.num_heads, self.depth)
         name = standard[0] if standard is not None and exact else "ViT"
         patch_h, patch_w = self.patch_size
         patch = f"{patch_h}" if patch_h == patch_w else f"{patch_h}x{patch_w}"
+        return f"{name}/{patch}"
+
+    def __str__(self) -> str:
         return (
-            f"{name}/{patch} (width {self.embed_dim}, depth {self.depth}, "
+            f"{self.name} (width {self.embed_dim}, depth {self.depth}, "
             f"{self.num_heads} heads from {self.heads_from}, grid {self.grid[0]}x{self.grid[1]})"
         )
 

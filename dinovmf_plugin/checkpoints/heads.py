@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weight
 from dinovmf_plugin.heads import DINOHead
 from dinovmf_plugin.prototypes import NORMALIZATIONS, Normalization
 
-__all__ = ["HeadSettings", "head_from", "load_head"]
+__all__ = ["HeadSettings", "head_from", "load_head", "with_head"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class HeadSettings:
         normalization: ``none``, ``l2`` or ``vmf`` (see ``Prototypes``).
         centering: ``logit``, ``probability`` or ``sinkhorn``.
         method: name of the method, such as ``dino`` or ``ibot_vmf``.
+        normalizer_order: order of the vMF normaliser's expansion.
         patch_prototypes: ``shared`` or ``separate`` prototypes for patches (iBOT); None without any.
         assumed: fields that the file did not tell and that are the method's defaults.
     """
@@ -37,6 +38,7 @@ class HeadSettings:
     normalization: Normalization
     centering: str
     method: str
+    normalizer_order: int = 0
     patch_prototypes: str | None = None
     assumed: tuple[str, ...] = ()
 
@@ -77,6 +79,7 @@ def _told(stored: StoredWeights) -> dict[str, Any]:
 
 def _settings(stored: StoredWeights, head: Mapping[str, Tensor]) -> HeadSettings:
     told = _told(stored)
+    guessed = tuple(told.pop("assumed", ()))  # by an earlier import
     family = str(told.get("method", stored.source)).partition("_")[0]
     if stored.source == "dinovmf_plugin" and "normalization" not in told:
         raise ValueError(
@@ -104,8 +107,9 @@ def _settings(stored: StoredWeights, head: Mapping[str, Tensor]) -> HeadSettings
         normalization=cast(Normalization, values["normalization"]),
         centering=str(values["centering"]),
         method=str(values["method"]),
+        normalizer_order=int(values.get("normalizer_order", 0)),
         patch_prototypes=values.get("patch_prototypes"),
-        assumed=tuple(name for name in assumed if name not in told),
+        assumed=tuple(name for name in assumed if name not in told or name in guessed),
     )
 
 
@@ -124,8 +128,6 @@ def _build(
         if k.startswith("mlp.") and k.endswith(".weight") and v.ndim == 2
     ]
     use_bn = any(name.endswith("running_mean") for name in tensors)
-    kwargs = stored.config.get("method_kwargs")
-    order = kwargs.get("order", 0) if isinstance(kwargs, Mapping) else 0
     head = DINOHead(
         in_dim=layers[0].shape[1],
         hidden_dim=layers[0].shape[0],
@@ -134,7 +136,7 @@ def _build(
         normalization=settings.normalization,
         num_layers=len(layers),
         use_bn=use_bn,
-        order=int(order),
+        order=settings.normalizer_order,
     )
     own = {name: tuple(value.shape) for name, value in head.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -167,6 +169,15 @@ def head_from(stored: StoredWeights, tokens: str = "cls") -> tuple[DINOHead, Hea
     return _build(stored, tensors, settings), settings
 
 
+def with_head(stored: StoredWeights) -> StoredWeights:
+    """Add the head that an imported or exported ``NAME.safetensors`` has beside it, if any."""
+    beside = stored.path.with_suffix(".head.safetensors")
+    if stored.head or stored.path.suffix != ".safetensors" or not beside.is_file():
+        return stored
+    head = read_weights(beside)
+    return replace(stored, head=head.backbone, config=head.config)
+
+
 def load_head(
     path: str | Path, *, which: Which = "teacher", tokens: str = "cls"
 ) -> tuple[DINOHead, HeadSettings]:
@@ -187,8 +198,4 @@ def load_head(
         FileNotFoundError: if there is no such file.
         ValueError: if the file is unreadable or has no head that is a DINO head.
     """
-    stored = read_weights(path, which)
-    beside = stored.path.with_suffix(".head.safetensors")
-    if not stored.head and stored.path.suffix == ".safetensors" and beside.is_file():
-        stored = read_weights(beside, which)
-    return head_from(stored, tokens)
+    return head_from(with_head(read_weights(path, which)), tokens)

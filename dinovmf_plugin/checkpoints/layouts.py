@@ -144,7 +144,9 @@ def _lightning(path: Path, content: dict[str, Any], which: Which) -> StoredWeigh
 
 def _student_teacher(path: Path, content: dict[str, Any], which: Which) -> StoredWeights:
     if not isinstance(content.get(which), Mapping):
-        raise ValueError(f"{path} holds no {which} weights; its keys are {', '.join(content)}")
+        raise ValueError(
+            f"{path} holds no {which} weights; its keys are {', '.join(map(str, content))}"
+        )
     tensors = _tensors(content[which])
     networks = [content[k] for k in ("student", "teacher") if isinstance(content.get(k), Mapping)]
     ibot = "ibot_loss" in content or any(

@@ -11,7 +11,9 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from dinovmf_plugin import backbones
 from dinovmf_plugin.checkpoints.architecture import (
+    ViTShape,
     build_vit,
     infer_shape,
     resize_position_embedding,
@@ -74,7 +76,7 @@ def _load(
         )
     _check_finite(stored.path, fitting)
     module.load_state_dict(fitting, strict=False)
-    if missing or mismatched:
+    if report.coverage < 1:
         warnings.warn(f"not every tensor was loaded\n{report}", stacklevel=3)
     return report
 
@@ -85,8 +87,8 @@ def backbone_from(
     model_name: str | None = None,
     num_heads: int | None = None,
     img_size: int | tuple[int, int] | None = None,
-) -> tuple[VisionTransformer, LoadReport]:
-    """``load_backbone`` for weights that are read already; same arguments, same errors."""
+) -> tuple[VisionTransformer, LoadReport, ViTShape]:
+    """``load_backbone`` for weights that are read already, with the shape; same errors."""
     try:
         shape = infer_shape(
             stored.backbone, stored.config, model_name=model_name, num_heads=num_heads
@@ -109,8 +111,9 @@ def backbone_from(
             state = vit.state_dict() | {"pos_embed": resize_position_embedding(vit, size)}
             vit = build_vit(resized)
             vit.load_state_dict(state)
-            report = replace(report, model_name=str(resized), resized=(shape.grid, resized.grid))
-    return vit.eval(), report
+            old, shape = shape.grid, resized
+            report = replace(report, model_name=str(resized), resized=(old, shape.grid))
+    return vit.eval(), report, shape
 
 
 def load_backbone(
@@ -138,8 +141,8 @@ def load_backbone(
 
     Returns:
         The network in eval mode, float32, without classifier (``vit(images)`` gives the CLS feature
-        ``(B, D)``), and the report of matched, missing and unexpected tensors. Up to 5 % of missing
-        tensors are tolerated with a warning.
+        ``(B, D)`` of images of its own size), and the report of matched, missing and unexpected
+        tensors. Up to 5 % of missing or unexpected tensors are tolerated with a warning.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -156,7 +159,10 @@ def load_backbone(
         ('timm', 'unnamed', 18, ())
     """
     stored = read_weights(path, which)
-    return backbone_from(stored, model_name=model_name, num_heads=num_heads, img_size=img_size)
+    vit, report, _ = backbone_from(
+        stored, model_name=model_name, num_heads=num_heads, img_size=img_size
+    )
+    return vit, report
 
 
 def initialize_from(
@@ -184,9 +190,13 @@ def initialize_from(
         FileNotFoundError: if there is no such file.
         ValueError: as ``load_backbone``, or if the file's ViT has another size than ``backbone``.
     """
+    if not backbones.is_vit(backbone):
+        raise ValueError(
+            f"init_from={path} cannot fill a {type(backbone).__name__}: only plain Vision Transformers"
+        )
     stored = read_weights(path, which)
     heads = int(backbone.blocks[0].attn.num_heads)  # type: ignore[union-attr, index]
-    source, source_report = backbone_from(stored, num_heads=heads)
+    source, source_report, _ = backbone_from(stored, num_heads=heads)
     tensors = dict(source.state_dict())
     for name in source_report.missing:
         del tensors[name]

@@ -55,6 +55,7 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [
             f"{self.path}: {self.which} of a {self.source} file as {self.model_name}",
+            *_NAMELESS[: self.which == "unnamed"],
             f"  matched     {len(self.matched)} tensors ({self.coverage:.1%})",
             f"  missing     {len(self.missing)}: {_some(self.missing)}",
             f"  unexpected  {len(self.unexpected)}: {_some(self.unexpected)}",
@@ -72,6 +73,8 @@ class LoadReport:
             )
         return "\n".join(lines)
 
+
+_NAMELESS = ("  the file holds one nameless network: the choice of teacher or student is ignored",)
 
 HARMLESS = ("masked_embed", "mask_token", "head.", "fc.", "pred.")
 """Names a file may hold beside its backbone without changing the features: mask tokens, classifiers."""

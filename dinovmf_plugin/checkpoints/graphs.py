@@ -1,0 +1,113 @@
+"""TorchScript and ONNX files, written only after their outputs were compared with the network's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+
+__all__ = ["TOLERANCE", "require_onnx", "write_onnx", "write_torchscript"]
+
+TOLERANCE = 1e-5
+"""Largest difference that passes, relative to the largest feature: float32 sums in another order."""
+
+_BATCHES = (1, 3)  # neither is the size that the graphs are made with: the batch must stay free
+
+
+def require_onnx() -> None:
+    """Check the optional packages before any work.
+
+    Raises:
+        ImportError: names the packages that are absent and how to get them.
+    """
+    names = ("onnx", "onnxscript", "onnxruntime")
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
+    if absent:
+        raise ImportError(
+            f"--onnx needs {', '.join(absent)}: pip install 'dinovmf-plugin[export]' (onnxruntime is "
+            "what the outputs are compared with)"
+        )
+
+
+def _images(vit: VisionTransformer, batch: int) -> Tensor:
+    height, width = vit.patch_embed.img_size
+    channels = vit.patch_embed.proj.in_channels
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, channels, height, width, generator=generator)
+
+
+def _compare(vit: VisionTransformer, run: Callable[[Tensor], Tensor], what: str) -> None:
+    for batch in _BATCHES:
+        images = _images(vit, batch)
+        wanted, got = vit(images), run(images)
+        if wanted.shape != got.shape:
+            raise RuntimeError(
+                f"the {what} gives {tuple(got.shape)} instead of {tuple(wanted.shape)}: not written"
+            )
+        error = float((wanted - got).abs().max() / wanted.abs().max())
+        if not error <= TOLERANCE:
+            raise RuntimeError(
+                f"the {what} differs from the network by {error:.1e} of its largest feature, more "
+                f"than {TOLERANCE:.0e}: not written"
+            )
+
+
+@torch.no_grad()
+def write_torchscript(vit: VisionTransformer, path: Path) -> None:
+    """Trace ``vit``, compare the reloaded file's outputs, then put it at ``path``.
+
+    Raises:
+        RuntimeError: if the outputs differ by more than ``TOLERANCE``; nothing is written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export.") as scratch:
+        draft = Path(scratch) / path.name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracer and deprecation notes; the comparison decides
+            torch.jit.save(torch.jit.trace(vit, _images(vit, 2)), str(draft))
+            traced = torch.jit.load(str(draft))
+        _compare(vit, traced, "TorchScript file")
+        os.replace(draft, path)
+
+
+@torch.no_grad()
+def write_onnx(vit: VisionTransformer, path: Path) -> None:
+    """Write ONNX (input ``images``, output ``features``, free batch), compare, then put it at ``path``.
+
+    Raises:
+        ImportError: see ``require_onnx``.
+        RuntimeError: if the outputs differ by more than ``TOLERANCE``; nothing is written.
+    """
+    require_onnx()
+    import onnxruntime
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export.") as scratch:
+        draft = Path(scratch) / path.name
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                vit,
+                (_images(vit, 2),),
+                str(draft),
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+        session = onnxruntime.InferenceSession(str(draft), providers=["CPUExecutionProvider"])
+
+        def run(images: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+        _compare(vit, run, "ONNX file")
+        os.replace(draft, path)

@@ -1,0 +1,154 @@
+"""Weights out: safetensors that explain themselves, ``config.json`` for timm and the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from dinovmf_plugin._version import __version__
+from dinovmf_plugin.checkpoints.architecture import ViTShape
+from dinovmf_plugin.checkpoints.heads import HeadSettings
+from dinovmf_plugin.checkpoints.layouts import StoredWeights
+from dinovmf_plugin.checkpoints.reading import CONFIG_KEY
+from dinovmf_plugin.data.recipe import DATASET_STATISTICS
+
+__all__ = ["check_free", "inside", "timm_config", "write_atomically", "write_safetensors"]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name``, refusing names that leave the folder.
+
+    Raises:
+        ValueError: if ``name`` points outside ``folder``, also through a symbolic link.
+
+    Example:
+        >>> inside(Path("weights"), "../elsewhere.safetensors")
+        Traceback (most recent call last):
+        ...
+        ValueError: ../elsewhere.safetensors would be written outside the output folder weights
+    """
+    target = folder / name
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} would be written outside the output folder {folder}")
+    return target
+
+
+def check_free(paths: Iterable[Path], overwrite: bool) -> None:
+    """Refuse to replace files, before any work is done.
+
+    Raises:
+        FileExistsError: if a path exists and ``overwrite`` is false.
+        IsADirectoryError: if a path is a folder.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, but a file is to be written there")
+        if path.exists() and not overwrite:
+            raise FileExistsError(
+                f"{path} exists already: choose another output or add --overwrite"
+            )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all, so that no reader ever meets half of it.
+
+    Raises:
+        OSError: if the disk is full or the folder is read-only; whatever was there stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from a team
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors with their config in the metadata, atomically."""
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config)}
+    write_atomically(path, save(plain, metadata))
+
+
+def _statistics(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Channel mean and deviation that the network was trained with; ImageNet's unless told."""
+    pretrained = config.get("pretrained_cfg")
+    if isinstance(pretrained, Mapping) and {"mean", "std"} <= set(pretrained):
+        return list(pretrained["mean"]), list(pretrained["std"])
+    pipelines = config.get("augmentations")
+    first = pipelines[0] if isinstance(pipelines, list | tuple) and pipelines else {}
+    if isinstance(first, Mapping) and first.get("mean") and first.get("std"):
+        return list(first["mean"]), list(first["std"])
+    data = config.get("data")
+    dataset = data.get("dataset") if isinstance(data, Mapping) else config.get("dataset")
+    mean, std = DATASET_STATISTICS.get(str(dataset), DATASET_STATISTICS["imagenet"])
+    return list(mean), list(std)
+
+
+def timm_config(
+    shape: ViTShape, stored: StoredWeights, head: HeadSettings | None = None
+) -> dict[str, Any]:
+    """``config.json`` as timm and the Hub read it, with this project's own part for its provenance.
+
+    Args:
+        shape: architecture; ``model_args`` holds every size, so that unusual ones load as well.
+        stored: where the weights come from.
+        head: settings of the head, if one is stored beside the backbone.
+    """
+    mean, std = _statistics(stored.config)
+    own: dict[str, Any] = {
+        "version": __version__,
+        "source": stored.source,
+        "which": stored.which,
+        "file": stored.path.name,
+    }
+    previous = stored.config.get("dinovmf_plugin")
+    if stored.source == "timm" and isinstance(previous, Mapping):
+        own = {**previous, "version": __version__}
+    if head is not None:
+        own["head"] = asdict(head)
+    return {
+        "architecture": shape.architecture,
+        "num_classes": 0,
+        "num_features": shape.embed_dim,
+        "global_pool": "token",
+        "model_args": {k: v for k, v in shape.model_args.items() if v is not None},
+        "pretrained_cfg": {
+            "tag": "dinovmf",
+            "custom_load": False,
+            "input_size": [shape.in_chans, *shape.img_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+            "mean": mean,
+            "std": std,
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "dinovmf_plugin": own,
+    }
