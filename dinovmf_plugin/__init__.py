@@ -4,7 +4,7 @@
 >>> dinovmf_plugin.__version__.count(".")
 2
 
-``dinovmf_plugin.register()`` puts ``dino_vmf``, ``dino_multicrop`` and the others into solo-learn's ``METHODS``.
+``dinovmf_plugin.register()`` puts ``dino_vmf`` and the others into solo-learn's ``METHODS``.
 Importing this package imports neither torch nor solo-learn.
 """
 

@@ -1,0 +1,1 @@
+"""Hydra configs, installed as ``dinovmf_plugin.configs`` (``pkg://dinovmf_plugin.configs``)."""

@@ -1,0 +1,42 @@
+"""What the entry points share: one clear message instead of a wall of traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["one_clear_message"]
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    return (ValueError, FileNotFoundError, OSError, ImportError)
+
+
+def one_clear_message(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Print what is wrong with the user's input in one sentence and exit with status 2.
+
+    Ctrl-C exits with status 130. ``DINOVMF_TRACEBACK=1`` shows the traceback instead.
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if os.environ.get("DINOVMF_TRACEBACK"):
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except KeyboardInterrupt:
+            print("\ninterrupted: the last checkpoint is on disk", file=sys.stderr)
+            sys.exit(130)
+        except Exception as error:
+            if (
+                isinstance(error, _expected_errors())
+                or type(error).__name__ == "NonFiniteLossError"
+            ):
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
+            raise
+
+    return wrapper

@@ -1,0 +1,57 @@
+"""DINO's pairs of views on the shared soft-target cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
+from dinovmf_plugin.prototypes import Prototypes
+
+__all__ = ["dino_loss", "view_pairs"]
+
+
+def view_pairs(num_targets: int, num_views: int) -> Tensor:
+    """Weights ``(V, Q)`` of DINO's loss: 1 / pairs for every (student, teacher) view pair but the same.
+
+    Example:
+        >>> view_pairs(2, 3)
+        tensor([[0.0000, 0.2500],
+                [0.2500, 0.0000],
+                [0.2500, 0.2500]])
+        >>> int((view_pairs(2, 12) > 0).sum())
+        22
+    """
+    pairs = 1.0 - torch.eye(num_views, num_targets)
+    if not pairs.any():
+        raise ValueError(
+            f"{num_views} student and {num_targets} teacher views leave no pair of different views: "
+            "augmentations must give at least two crops"
+        )
+    return pairs / pairs.sum()
+
+
+def dino_loss(
+    student: Tensor, prototypes: Prototypes, targets: Tensor, temperature: float
+) -> Tensor:
+    """Mean cross-entropy over images and over pairs of different views (paper section 2).
+
+    Args:
+        student: unit vectors ``(V, B, p)`` of the student's views, the global ones first.
+        prototypes: the student's prototypes.
+        targets: teacher probabilities ``(Q, B, K)`` of the global views.
+        temperature: the student's ``tau``.
+
+    Returns:
+        Scalar, float32.
+    """
+    pairs = view_pairs(len(targets), len(student)) / student.shape[1]
+    return prototype_cross_entropy(
+        student,
+        prototypes.weight_v,
+        targets,
+        temperature=temperature,
+        scale=prototypes.scale(),
+        bias=prototypes.log_normalizer(temperature),
+        pair_weights=pairs.to(student.device),
+    )

@@ -1,0 +1,423 @@
+"""The base of every method here: student, teacher, one forward per resolution, the optimisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinovmf_plugin import __version__, backbones, schedules
+from dinovmf_plugin.centering import Centering
+from dinovmf_plugin.host import BaseMomentumMethod, accuracy_at_k, weighted_mean
+from dinovmf_plugin.losses.spread import prototype_spread
+from dinovmf_plugin.methods import optimization
+from dinovmf_plugin.methods.records import StepRecord
+from dinovmf_plugin.methods.settings import DINOSettings, check_range, read_settings
+
+__all__ = ["DistillationOutput", "NonFiniteLossError", "SelfDistillation", "forward_by_size"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationOutput:
+    """What ``distillation_loss`` returns.
+
+    Attributes:
+        loss: scalar with gradient.
+        student_features: the student's features of its global views ``(G * B, D)``, view-major.
+        teacher_features: the teacher's ``(Q * B, D)``, view-major.
+        scalars: further numbers to log.
+    """
+
+    loss: Tensor
+    student_features: Tensor
+    teacher_features: Tensor
+    scalars: dict[str, float]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite: training stops before the weights do."""
+
+
+def forward_by_size(forward: Any, crops: list[Tensor]) -> list[Tensor]:
+    """Run ``forward`` once per crop size on the concatenated crops; outputs in the crops' order.
+
+    Args:
+        forward: a function of a batch ``(n, 3, s, s)``.
+        crops: tensors ``(B, 3, s_i, s_i)``.
+    """
+    by_size: dict[torch.Size, list[int]] = {}
+    for i, crop in enumerate(crops):
+        by_size.setdefault(crop.shape[-2:], []).append(i)
+    outputs: list[Any] = [None] * len(crops)
+    for members in by_size.values():
+        sizes = [len(crops[i]) for i in members]
+        merged = forward(
+            torch.cat([crops[i] for i in members]) if len(members) > 1 else crops[members[0]]
+        )
+        for i, output in zip(members, merged.split(sizes), strict=True):
+            outputs[i] = output
+    return outputs
+
+
+class SelfDistillation(BaseMomentumMethod):
+    """Student and EMA teacher of one architecture on the host's base class.
+
+    Subclasses define ``settings_class``, ``default_settings`` and ``distillation_loss``; everything that the
+    methods share (multi-crop batching, online classifier and kNN, schedules per step, clipping after
+    unscaling, the frozen last layer, the EMA, resuming) is here.
+
+    Differs from upstream (solo-learn's base): crops of one size share one forward; the EMA coefficient is
+    a function of the step, so that it survives a resume; validation looks at the teacher; labels are
+    optional; per-epoch seeds make the randomness of a resumed run that of an uninterrupted one.
+    """
+
+    settings_class: ClassVar[type[DINOSettings]] = DINOSettings
+    default_settings: ClassVar[dict[str, Any]] = {}
+    centering: Centering
+    head: nn.Module
+    momentum_head: nn.Module
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        self.settings: Any = read_settings(self.settings_class, self.cfg.method_kwargs)
+        self.last_step: StepRecord | None = None
+        self._step_of_last_update = 0
+        backbones.disable_drop_path(self.momentum_backbone)
+        self.momentum_backbone.requires_grad_(False)
+
+    @classmethod
+    def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
+        """Fill in the host's and the method's defaults; raise for what cannot work.
+
+        Raises:
+            ValueError: one sentence that names the key, the value and what would be right.
+        """
+        cfg = BaseMomentumMethod.add_and_assert_specific_cfg(cfg)
+        given = OmegaConf.to_container(cfg.method_kwargs, resolve=True) or {}
+        for key, value in cls.default_settings.items():
+            given.setdefault(key, value)  # type: ignore[union-attr]
+        settings = read_settings(cls.settings_class, OmegaConf.create(given))
+        cfg.method_kwargs = OmegaConf.create(dataclasses.asdict(settings))
+        cls.check_config(cfg)
+        return cfg
+
+    @classmethod
+    def check_config(cls, cfg: DictConfig) -> None:
+        """Check what lies outside ``method_kwargs``."""
+        if cfg.scheduler.name not in ("warmup_cosine", "none"):
+            raise ValueError(
+                f"scheduler.name={cfg.scheduler.name!r} is not supported by {cfg.method}: "
+                "choose warmup_cosine or none"
+            )
+        if cfg.optimizer.name not in cls._OPTIMIZERS:
+            raise ValueError(
+                f"optimizer.name={cfg.optimizer.name!r} is unknown: choose one of "
+                f"{', '.join(cls._OPTIMIZERS)}"
+            )
+        check_range("momentum.base_tau", cfg.momentum.base_tau, 0, 1)
+        check_range("momentum.final_tau", cfg.momentum.final_tau, cfg.momentum.base_tau, 1)
+        check_range("scheduler.warmup_epochs", cfg.scheduler.warmup_epochs, 0, cfg.max_epochs)
+        if cfg.momentum.classifier:
+            raise ValueError(
+                "momentum.classifier=True is not supported: the online classifier follows the student "
+                "and kNN the teacher; evaluate the teacher with main_linear instead"
+            )
+
+    # ---- networks -------------------------------------------------------------------------------
+
+    def initialize_teacher(self) -> None:
+        """Copy the student's head into the teacher's, which then has no gradient."""
+        self.momentum_head.load_state_dict(self.head.state_dict())
+        self.momentum_head.requires_grad_(False)
+
+    def initialize_from_checkpoint(self) -> None:
+        """Start from imported weights (``method_kwargs.init_from``), student and teacher alike."""
+        if self.settings.init_from is None:
+            return
+        from dinovmf_plugin.checkpoints import initialize_from
+
+        report = initialize_from(
+            self.backbone, self.head, self.settings.init_from, which=self.settings.init_which
+        )
+        self.print(f"method_kwargs.init_from: {report}")
+        self.momentum_backbone.load_state_dict(self.backbone.state_dict())
+        self.initialize_teacher()
+
+    @property
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(student, teacher) modules that the EMA follows."""
+        return [*super().momentum_pairs, (self.head, self.momentum_head)]
+
+    def student_features(self, images: Tensor) -> Tensor:
+        """Pooled (CLS) features of the student, ``(N, D)``."""
+        return self.pooled(self.backbone, images)
+
+    @staticmethod
+    def pooled(backbone: nn.Module, images: Tensor) -> Tensor:
+        """Features of any size of crop: CLS after the final norm for ViTs, the pooled map otherwise."""
+        if backbones.is_vit(backbone):
+            return backbones.forward_tokens(backbone, images)[:, 0]
+        return backbone(images)
+
+    def forward(self, X: Tensor) -> dict[str, Tensor]:
+        """Student: ``logits`` of the online classifier, ``feats``, and the unit vectors ``z``."""
+        feats = self.student_features(X)
+        return {"logits": self.classifier(feats.detach()), "feats": feats, "z": self.head(feats)}
+
+    @torch.no_grad()
+    def momentum_forward(self, X: Tensor) -> dict[str, Tensor]:
+        """Teacher: ``feats`` and the unit vectors ``z``."""
+        feats = self.pooled(self.momentum_backbone, X)
+        return {"feats": feats, "z": self.momentum_head(feats)}
+
+    # ---- training -------------------------------------------------------------------------------
+
+    def teacher_temperature(self) -> float:
+        """The teacher's temperature in the current epoch."""
+        s = self.settings
+        return schedules.teacher_temperature(
+            self.current_epoch,
+            s.warmup_teacher_temperature,
+            s.teacher_temperature,
+            s.warmup_teacher_temperature_epochs,
+        )
+
+    def distillation_loss(self, crops: list[Tensor]) -> DistillationOutput:
+        """The method's loss on one batch of crops, and what the online probes need."""
+        raise TypeError(f"{type(self).__name__} does not define distillation_loss")
+
+    def prototype_spread_loss(self) -> Tensor | float:
+        """Weighted KoLeo-style spread of the prototypes (``method_kwargs.prototype_spread``)."""
+        weight = self.settings.prototype_spread
+        if not weight:
+            return 0.0
+        return weight * prototype_spread(self.head.last_layer.weight_v)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step: ``batch`` is ``[indexes, [crops], targets]`` as the host's loaders give it.
+
+        Raises:
+            NonFiniteLossError: if the loss is NaN or infinite.
+            ValueError: if the loader gives another number of crops than the config says.
+        """
+        _, crops, targets = batch
+        crops = [crops] if isinstance(crops, Tensor) else list(crops)
+        if len(crops) != self.num_crops:
+            raise ValueError(
+                f"the loader gave {len(crops)} crops per image, but augmentations describe "
+                f"{self.num_crops}"
+            )
+        out = self.distillation_loss(crops)
+        self._check_finite(out.loss)
+        self.log(
+            "train_loss",
+            out.loss.detach(),
+            prog_bar=True,
+            on_step=True,
+            on_epoch=True,
+            sync_dist=True,
+        )
+        self.log_dict(out.scalars)
+        self.update_knn_bank(out.teacher_features, targets)
+        loss = out.loss + self.prototype_spread_loss()
+        return loss + self.online_classifier_loss(out.student_features, targets)
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if torch.isfinite(loss.detach()):
+            return
+        raise NonFiniteLossError(
+            f"the loss became {float(loss.detach())} at step {self.trainer.global_step} (epoch "
+            f"{self.current_epoch}); the last checkpoint is untouched. Lower optimizer.lr, train with "
+            "precision=bf16-mixed instead of 16-mixed, or set method_kwargs.clip_grad (DINO ViT-B: 0.3)"
+        )
+
+    def online_classifier_loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of a linear probe on detached features; logs its accuracy.
+
+        Zero, but attached to the classifier (DDP wants every parameter used), without labels.
+        """
+        logits = self.classifier(features.detach())
+        if not bool((targets >= 0).any()):
+            return 0.0 * logits.sum()
+        targets = targets.repeat(len(features) // len(targets))
+        loss = F.cross_entropy(logits.float(), targets, ignore_index=-1)
+        acc1, acc5 = accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
+        metrics = {"train_class_loss": loss.detach(), "train_acc1": acc1, "train_acc5": acc5}
+        self.log_dict(metrics, on_epoch=True, sync_dist=True)
+        return loss
+
+    def update_knn_bank(self, features: Tensor, targets: Tensor) -> None:
+        """Add teacher features of the global views to the online kNN, if it is enabled."""
+        if self.knn_eval:
+            targets = targets.repeat(len(features) // len(targets))
+            known = targets >= 0
+            self.knn.update(train_features=features[known], train_targets=targets[known])
+
+    # ---- optimisation ---------------------------------------------------------------------------
+
+    def named_parameter_groups(self) -> dict[str, Any]:
+        """Group name -> named parameters that the optimiser gets."""
+        return {
+            "backbone": self.backbone.named_parameters(),
+            "head": self.head.named_parameters(),
+            "classifier": self.classifier.named_parameters(),
+        }
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The host's optimiser over groups split by weight decay; schedules are set every step."""
+        groups = optimization.split_weight_decay(
+            self.named_parameter_groups(),
+            {"classifier": {"lr": self.classifier_lr, "decay": False}},
+            self.settings.decay_magnitudes,
+        )
+        for group in groups:
+            group["peak_lr"] = group.get("lr", self.lr)
+        return self._OPTIMIZERS[self.cfg.optimizer.name](
+            groups, lr=self.lr, weight_decay=self.weight_decay, **self.extra_optimizer_args
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set learning rate and weight decay of the coming optimiser step."""
+        total = self.total_steps
+        final = self.settings.final_weight_decay
+        constant = self.cfg.scheduler.name == "none"
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if constant:
+            return
+        optimization.update_schedules(
+            optimizer,
+            self.trainer.global_step,
+            total,
+            min_lr=self.min_lr,
+            warmup_steps=round(self.warmup_epochs * total / self.max_epochs),
+            warmup_start_lr=self.warmup_start_lr,
+            weight_decay=self.weight_decay,
+            final_weight_decay=self.weight_decay if final is None else final,
+        )
+
+    def last_layer_parameters(self) -> list[nn.Parameter]:
+        """Parameters that stay frozen in the first ``freeze_last_layer`` epochs."""
+        return list(self.head.last_layer.parameters())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip per parameter over backbone and head, and freeze the last layer in the first epochs.
+
+        Lightning calls this after AMP has unscaled the gradients and after gradient accumulation;
+        clipping in ``on_after_backward``, as the host does, would clip scaled gradients.
+        """
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        clipped = [
+            parameter
+            for name, parameters in self.named_parameter_groups().items()
+            if name != "classifier"
+            for _, parameter in parameters
+        ]
+        optimization.clip_per_parameter(clipped, self.settings.clip_grad)
+        if self.current_epoch < self.settings.freeze_last_layer:
+            for parameter in self.last_layer_parameters():
+                parameter.grad = None
+
+    def on_train_start(self) -> None:
+        """Remember where a resumed run stands, so that the first micro-batch does not move the teacher."""
+        self._step_of_last_update = self.trainer.global_step
+
+    def on_train_epoch_start(self) -> None:
+        """Seed the epoch by (seed, epoch, rank): a resumed run draws what it would have drawn."""
+        entropy = [int(self.cfg.get("seed", 0) or 0), self.current_epoch, self.global_rank]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  (libraries draw from the global generator)
+        torch.manual_seed(seed)
+
+    def teacher_momentum(self, step: int) -> float:
+        """EMA coefficient after optimiser step ``step`` (counted from 0)."""
+        momentum = self.cfg.momentum
+        return schedules.cosine(step, self.total_steps, momentum.base_tau, momentum.final_tau)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Move the teacher, once per optimiser step (not per micro-batch)."""
+        step = self.trainer.global_step
+        if step == self._step_of_last_update:
+            return
+        self._step_of_last_update = step
+        momentum = self.teacher_momentum(step - 1)
+        optimization.update_teacher(self.momentum_pairs, momentum)
+        self.log("tau", momentum)
+
+    # ---- validation -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Online classifier of the student and, if enabled, kNN of the teacher."""
+        images, targets = batch
+        logits = self.classifier(self.student_features(images))
+        acc1, acc5 = accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
+        if self.knn_eval and not self.trainer.sanity_checking:
+            features = self.pooled(self.momentum_backbone, images)
+            self.knn.update(test_features=features, test_targets=targets)
+        self.validation_step_outputs.append(
+            {
+                "batch_size": len(targets),
+                "val_loss": F.cross_entropy(logits.float(), targets, ignore_index=-1),
+                "val_acc1": acc1,
+                "val_acc5": acc5,
+            }
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Average over the batches, the last one perhaps smaller."""
+        outputs = self.validation_step_outputs
+        keys = ("val_loss", "val_acc1", "val_acc5")
+        metrics = {key: weighted_mean(outputs, key, "batch_size") for key in keys}
+        if self.knn_eval and not self.trainer.sanity_checking:
+            metrics["val_knn_acc1"], metrics["val_knn_acc5"] = self.knn.compute()
+        self.log_dict(metrics, sync_dist=True)
+        outputs.clear()
+
+    # ---- checkpoints ----------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Any]:
+        """The plugin's own checkpointer (in place of the host's) and monitor."""
+        from dinovmf_plugin.methods.callbacks import method_callbacks
+
+        return method_callbacks(self.cfg, self.settings)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the resolved config as plain containers: the file can be read on its own."""
+        cfg = OmegaConf.to_container(self.cfg, resolve=True)
+        checkpoint["dinovmf_plugin"] = {"version": __version__, "cfg": cfg}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method or shape before any weight is touched.
+
+        Raises:
+            ValueError: naming the key that differs.
+        """
+        saved = checkpoint.get("dinovmf_plugin", {}).get("cfg")
+        if saved is None:
+            return
+        keys = ("proj_hidden_dim", "proj_output_dim", "num_prototypes", "normalization")
+        for key in ("method", "backbone.name", *(f"method_kwargs.{key}" for key in keys)):
+            old = OmegaConf.select(OmegaConf.create(saved), key)
+            new = OmegaConf.select(self.cfg, key)
+            if old != new:
+                raise ValueError(
+                    f"{key}={new!r} differs from the checkpoint's {old!r}: resume with the same value, "
+                    "or start a new run (weights alone: method_kwargs.init_from)"
+                )

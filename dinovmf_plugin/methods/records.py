@@ -1,0 +1,30 @@
+"""What a training step leaves behind for the monitors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["StepRecord"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Detached tensors of the last training step; see ``analysis.callback.MixtureMonitor``.
+
+    Attributes:
+        loss: self-distillation loss without the online classifier, scalar.
+        targets: teacher probabilities of the global views ``(rows, K)``.
+        student_embeddings: unit vectors of all student views ``(V, N, p)``.
+        teacher_embeddings: unit vectors of the global views ``(rows, p)``.
+        teacher_temperature: the teacher's temperature in this step.
+        student_temperature: the student's temperature.
+    """
+
+    loss: Tensor
+    targets: Tensor
+    student_embeddings: Tensor
+    teacher_embeddings: Tensor
+    teacher_temperature: float
+    student_temperature: float

@@ -1,0 +1,40 @@
+"""Names -> method classes, and their registration with solo-learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["method_classes", "register"]
+
+
+def method_classes() -> dict[str, type[Any]]:
+    """The plugin's methods by the name that a config selects."""
+    from dinovmf_plugin.methods.dino import DINOMultiCrop, DINOvMF
+
+    return {"dino_multicrop": DINOMultiCrop, "dino_vmf": DINOvMF}
+
+
+def register() -> list[str]:
+    """Put the plugin's methods into ``solo.methods.METHODS``; calling it again changes nothing.
+
+    Returns:
+        The registered names.
+
+    Raises:
+        ImportError: if solo-learn is not installed.
+        ValueError: if a name already belongs to a class that is not the plugin's.
+    """
+    from dinovmf_plugin import host
+    from dinovmf_plugin.host.data import patch_data
+
+    classes = method_classes()
+    for name, cls in classes.items():
+        owner = host.METHODS.get(name)
+        if owner is not None and not owner.__module__.startswith("dinovmf_plugin."):
+            raise ValueError(
+                f"method={name!r} is already registered by {owner.__module__}.{owner.__qualname__}: "
+                "rename one of the two"
+            )
+        host.METHODS[name] = cls
+    patch_data()
+    return sorted(classes)

@@ -1,0 +1,1 @@
+"""Entry points, installed as ``dinovmf_plugin.scripts``."""
