@@ -48,7 +48,11 @@ model = timm.create_model(
     checkpoint_path="FOLDER/model.safetensors",
 ).eval()
 
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+# timm's own defaults for this name may be other statistics: give the ones of this training
+transform = timm.data.create_transform(
+    input_size={input_size}, interpolation="bicubic", crop_pct={crop_pct},
+    mean={mean}, std={std},
+)
 features = model(transform(image).unsqueeze(0))  # (1, {width})
 ```
 
@@ -114,8 +118,9 @@ def model_card(shape: ViTShape, config: Mapping[str, Any]) -> str:
         height=data["input_size"][1],
         image_width=data["input_size"][2],
         crop_pct=data["crop_pct"],
-        mean=", ".join(f"{v:g}" for v in data["mean"]),
-        std=", ".join(f"{v:g}" for v in data["std"]),
+        input_size=tuple(data["input_size"]),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
         head_rows=rows,
         architecture=shape.architecture,
         arguments="".join(f", {k}={v!r}" for k, v in special.items()),

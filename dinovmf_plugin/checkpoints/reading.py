@@ -89,21 +89,20 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
         return f"{path} is empty"
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         return f"{path} is truncated: the end of the archive is missing; copy or download it again"
-    if "weights_only" in str(error) or "Unsupported" in str(error):
+    if "GLOBAL" in str(error):  # the unpickler's word for a class or function
         try:
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+            with torch.serialization.safe_globals(_safe_globals()):
+                names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
         except Exception:  # only zip archives can be listed; the refusal itself stands
             names = []
-        allowed = {"argparse.Namespace", "numpy.dtype"}
-        names = [n for n in names if n not in allowed and not n.endswith("multiarray.scalar")]
         what = f" ({', '.join(names)})" if names else ""
         return (
             f"{path} was refused: it holds pickled objects other than weights{what}, which could run "
             "code when loaded; save its state dict alone and import that"
         )
-    return (
-        f"{path} is not a readable PyTorch checkpoint (truncated or corrupt): {_first_line(error)}"
-    )
+    # torch's own text advises weights_only=False, which nobody should follow
+    reason = "" if "weights_only" in str(error) else f": {_first_line(error)}"
+    return f"{path} is not a readable PyTorch checkpoint (truncated, corrupt or of another kind){reason}"
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
