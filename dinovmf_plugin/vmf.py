@@ -151,13 +151,14 @@ def _bessel_ratio(kappa: NDArray[np.float64], nu: float) -> NDArray[np.float64]:
     this direction, so the start (Amos' bound) is forgotten.
     """
     x = np.abs(kappa)
-    safe = np.where(x > 0, x, 1.0)
-    steps = 64 + int(4 * math.sqrt(float(x.max(initial=0.0))))
+    usual = (x > 0) & np.isfinite(x)
+    safe = np.where(usual, x, 1.0)
+    steps = 64 + int(4 * math.sqrt(float(safe.max(initial=0.0))))
     n = nu + steps
     r = safe / (n + 0.5 + np.sqrt((n + 1.5) ** 2 + safe**2))
     for i in range(steps, 0, -1):
         r = safe / (2 * (nu + i) + safe * r)
-    return np.where(x > 0, np.sign(kappa) * r, 0.0)
+    return np.sign(kappa) * np.where(usual, r, 1.0)  # 0, 1 and NaN at 0, infinity and NaN
 
 
 def exact_log_normalizer(kappa: ArrayLike, dim: int) -> NDArray[np.float64]:
@@ -191,21 +192,30 @@ def exact_log_normalizer(kappa: ArrayLike, dim: int) -> NDArray[np.float64]:
         large = nu * np.log(x / 2) - special.gammaln(nu + 1) - np.log(bessel) - x
     # log1p(0) is 0.0 but its negative is -0.0, which prints badly: subtract from 0.0 instead
     use_series = (bessel < 1e-250) | (x < 1.0)
-    small = 0.0 - np.log1p(_bessel_series(np.where(use_series, x, 0.0), nu))
+    small = 0.0 - _log_bessel_series(np.where(use_series, x, 0.0), nu)
     return np.where(use_series, small, large)
 
 
-def _bessel_series(x: NDArray[np.float64], nu: float) -> NDArray[np.float64]:
-    """``Gamma(nu+1) (2/x)^nu I_nu(x) - 1 = sum_{j>=1} (x^2/4)^j / (j! (nu+1)_j)``."""
+def _log_bessel_series(x: NDArray[np.float64], nu: float) -> NDArray[np.float64]:
+    """``log(Gamma(nu+1) (2/x)^nu I_nu(x)) = log(1 + sum_{j>=1} (x^2/4)^j / (j! (nu+1)_j))``.
+
+    At dimension 4096 the sum leaves float64 before ``ive`` enters it: it is scaled down on the way.
+    """
     quarter = x * x / 4
     term = np.ones_like(x)
     total = np.zeros_like(x)
+    log_scale = np.zeros_like(x)
     j = 1
     while True:
         term = term * quarter / (j * (nu + j))
         total = total + term
         if np.all(term <= 1e-17 * (1 + total)):
-            return total
+            return np.where(
+                log_scale > 0, log_scale + np.log(np.maximum(total, 1.0)), np.log1p(total)
+            )
+        shrink = np.where(total > 1e100, 1e-100, 1.0)
+        term, total = term * shrink, total * shrink
+        log_scale = log_scale - np.log(shrink)
         j += 1
 
 
