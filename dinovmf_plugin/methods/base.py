@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from dinovmf_plugin import __version__, backbones, schedules
 from dinovmf_plugin.centering import Centering
+from dinovmf_plugin.heads import ProjectionHead
 from dinovmf_plugin.host import BaseMomentumMethod, accuracy_at_k, weighted_mean
 from dinovmf_plugin.losses.spread import prototype_spread
 from dinovmf_plugin.methods import optimization
 from dinovmf_plugin.methods.records import StepRecord
-from dinovmf_plugin.methods.settings import DINOSettings, check_range, read_settings
+from dinovmf_plugin.methods.settings import MethodSettings, check_range, read_settings
+from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["DistillationOutput", "NonFiniteLossError", "SelfDistillation", "forward_by_size"]
 
@@ -37,7 +39,7 @@ class DistillationOutput:
     loss: Tensor
     student_features: Tensor
     teacher_features: Tensor
-    scalars: dict[str, float]
+    scalars: dict[str, float | Tensor]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -77,17 +79,18 @@ class SelfDistillation(BaseMomentumMethod):
     optional; per-epoch seeds make the randomness of a resumed run that of an uninterrupted one.
     """
 
-    settings_class: ClassVar[type[DINOSettings]] = DINOSettings
+    settings_class: ClassVar[type[MethodSettings]] = MethodSettings
     default_settings: ClassVar[dict[str, Any]] = {}
     centering: Centering
-    head: nn.Module
-    momentum_head: nn.Module
+    head: ProjectionHead
+    momentum_head: ProjectionHead
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         self.settings: Any = read_settings(self.settings_class, self.cfg.method_kwargs)
         self.last_step: StepRecord | None = None
         self._step_of_last_update = 0
+        self._batch_index = 0
         backbones.disable_drop_path(self.momentum_backbone)
         self.momentum_backbone.requires_grad_(False)
 
@@ -136,6 +139,15 @@ class SelfDistillation(BaseMomentumMethod):
         self.momentum_head.load_state_dict(self.head.state_dict())
         self.momentum_head.requires_grad_(False)
 
+    @property
+    def student_prototypes(self) -> Prototypes:
+        """The prototypes that the student trains."""
+        return self.head.last_layer  # type: ignore[return-value]
+
+    def projection(self) -> nn.Module:
+        """The student's head as checkpoints name its parts: ``mlp`` and ``last_layer``."""
+        return self.head
+
     def initialize_from_checkpoint(self) -> None:
         """Start from imported weights (``method_kwargs.init_from``), student and teacher alike."""
         if self.settings.init_from is None:
@@ -143,7 +155,10 @@ class SelfDistillation(BaseMomentumMethod):
         from dinovmf_plugin.checkpoints import initialize_from
 
         report = initialize_from(
-            self.backbone, self.head, self.settings.init_from, which=self.settings.init_which
+            self.backbone,
+            self.projection(),
+            self.settings.init_from,
+            which=self.settings.init_which,
         )
         self.print(f"method_kwargs.init_from: {report}")
         self.momentum_backbone.load_state_dict(self.backbone.state_dict())
@@ -180,13 +195,7 @@ class SelfDistillation(BaseMomentumMethod):
 
     def teacher_temperature(self) -> float:
         """The teacher's temperature in the current epoch."""
-        s = self.settings
-        return schedules.teacher_temperature(
-            self.current_epoch,
-            s.warmup_teacher_temperature,
-            s.teacher_temperature,
-            s.warmup_teacher_temperature_epochs,
-        )
+        return self.settings.teacher_temperature
 
     def distillation_loss(self, crops: list[Tensor]) -> DistillationOutput:
         """The method's loss on one batch of crops, and what the online probes need."""
@@ -197,7 +206,7 @@ class SelfDistillation(BaseMomentumMethod):
         weight = self.settings.prototype_spread
         if not weight:
             return 0.0
-        return weight * prototype_spread(self.head.last_layer.weight_v)
+        return weight * prototype_spread(self.student_prototypes.weight_v)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: ``batch`` is ``[indexes, [crops], targets]`` as the host's loaders give it.
@@ -206,6 +215,7 @@ class SelfDistillation(BaseMomentumMethod):
             NonFiniteLossError: if the loss is NaN or infinite.
             ValueError: if the loader gives another number of crops than the config says.
         """
+        self._batch_index = batch_idx
         _, crops, targets = batch
         crops = [crops] if isinstance(crops, Tensor) else list(crops)
         if len(crops) != self.num_crops:
@@ -269,13 +279,17 @@ class SelfDistillation(BaseMomentumMethod):
             "classifier": self.classifier.named_parameters(),
         }
 
+    def group_options(self) -> dict[str, dict[str, Any]]:
+        """Group name -> what it has of its own (see ``optimization.split_weight_decay``)."""
+        return {"classifier": {"lr": self.classifier_lr, "decay": False}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups, split by weight decay."""
+        return optimization.split_weight_decay(self.named_parameter_groups(), self.group_options())
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The host's optimiser over groups split by weight decay; schedules are set every step."""
-        groups = optimization.split_weight_decay(
-            self.named_parameter_groups(),
-            {"classifier": {"lr": self.classifier_lr, "decay": False}},
-            self.settings.decay_magnitudes,
-        )
+        """The host's optimiser; schedules are set every step."""
+        groups = self.parameter_groups()
         for group in groups:
             group["peak_lr"] = group.get("lr", self.lr)
         return self._OPTIMIZERS[self.cfg.optimizer.name](
@@ -287,9 +301,13 @@ class SelfDistillation(BaseMomentumMethod):
         """Optimiser steps of the whole run."""
         return int(self.trainer.estimated_stepping_batches)
 
+    @property
+    def schedule_steps(self) -> int:
+        """Length of the schedules of learning rate, weight decay and EMA, in optimiser steps."""
+        return self.total_steps
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set learning rate and weight decay of the coming optimiser step."""
-        total = self.total_steps
         final = self.settings.final_weight_decay
         constant = self.cfg.scheduler.name == "none"
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -298,17 +316,16 @@ class SelfDistillation(BaseMomentumMethod):
         optimization.update_schedules(
             optimizer,
             self.trainer.global_step,
-            total,
+            self.schedule_steps,
             min_lr=self.min_lr,
-            warmup_steps=round(self.warmup_epochs * total / self.max_epochs),
+            warmup_steps=round(self.warmup_epochs * self.total_steps / self.max_epochs),
             warmup_start_lr=self.warmup_start_lr,
             weight_decay=self.weight_decay,
             final_weight_decay=self.weight_decay if final is None else final,
         )
 
-    def last_layer_parameters(self) -> list[nn.Parameter]:
-        """Parameters that stay frozen in the first ``freeze_last_layer`` epochs."""
-        return list(self.head.last_layer.parameters())
+    def adjust_gradients(self) -> None:
+        """The method's own clipping and freezing, on complete and unscaled gradients."""
 
     def configure_gradient_clipping(
         self,
@@ -316,31 +333,39 @@ class SelfDistillation(BaseMomentumMethod):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip per parameter over backbone and head, and freeze the last layer in the first epochs.
+        """Clip as the Trainer is told, then as the method is (``adjust_gradients``).
 
         Lightning calls this after AMP has unscaled the gradients and after gradient accumulation;
         clipping in ``on_after_backward``, as the host does, would clip scaled gradients.
         """
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        clipped = [
-            parameter
-            for name, parameters in self.named_parameter_groups().items()
-            if name != "classifier"
-            for _, parameter in parameters
-        ]
-        optimization.clip_per_parameter(clipped, self.settings.clip_grad)
-        if self.current_epoch < self.settings.freeze_last_layer:
-            for parameter in self.last_layer_parameters():
-                parameter.grad = None
+        self.adjust_gradients()
 
     def on_train_start(self) -> None:
         """Remember where a resumed run stands, so that the first micro-batch does not move the teacher."""
         self._step_of_last_update = self.trainer.global_step
 
+    def derived_seed(self, *entropy: int) -> int:
+        """A seed (32 bits) that is a function of the run's seed and of ``entropy``."""
+        values = [int(self.cfg.get("seed", 0) or 0), *entropy]
+        return int(np.random.SeedSequence(values).generate_state(1)[0])
+
+    def step_generator(self, *, per_rank: bool = True) -> torch.Generator:
+        """A generator on the device for this batch, seeded by (seed, epoch, batch, rank).
+
+        Nothing has to be saved for a resumed run to draw what it would have drawn.
+
+        Args:
+            per_rank: False if every rank is to draw the same.
+        """
+        rank = self.global_rank if per_rank else 0
+        # the last number keeps this stream apart from the epoch's own
+        seed = self.derived_seed(self.current_epoch, self._batch_index, rank, 1)
+        return torch.Generator(self.device).manual_seed(seed)
+
     def on_train_epoch_start(self) -> None:
         """Seed the epoch by (seed, epoch, rank): a resumed run draws what it would have drawn."""
-        entropy = [int(self.cfg.get("seed", 0) or 0), self.current_epoch, self.global_rank]
-        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        seed = self.derived_seed(self.current_epoch, self.global_rank)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (libraries draw from the global generator)
         torch.manual_seed(seed)
@@ -348,7 +373,7 @@ class SelfDistillation(BaseMomentumMethod):
     def teacher_momentum(self, step: int) -> float:
         """EMA coefficient after optimiser step ``step`` (counted from 0)."""
         momentum = self.cfg.momentum
-        return schedules.cosine(step, self.total_steps, momentum.base_tau, momentum.final_tau)
+        return schedules.cosine(step, self.schedule_steps, momentum.base_tau, momentum.final_tau)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the teacher, once per optimiser step (not per micro-batch)."""

@@ -6,13 +6,16 @@ from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
+from dinovmf_plugin import schedules
 from dinovmf_plugin.centering import make_centering
 from dinovmf_plugin.heads import DINOHead
 from dinovmf_plugin.losses.dino import dino_loss
+from dinovmf_plugin.methods import optimization
 from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation, forward_by_size
 from dinovmf_plugin.methods.records import StepRecord
+from dinovmf_plugin.methods.settings import DINOSettings
 
 __all__ = ["DINOMultiCrop", "DINOvMF"]
 
@@ -27,6 +30,9 @@ class DINOMultiCrop(SelfDistillation):
     size and one of the head; schedules, clipping and weight decay are those of DINO.
     """
 
+    settings_class = DINOSettings
+    head: DINOHead
+    momentum_head: DINOHead
     default_settings: ClassVar[dict[str, Any]] = {"normalization": "none", "centering": "logit"}
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -57,6 +63,39 @@ class DINOMultiCrop(SelfDistillation):
             use_bn=s.use_bn_in_head,
             order=s.normalizer_order,
         )
+
+    def teacher_temperature(self) -> float:
+        """The teacher's temperature in the current epoch: it warms up."""
+        s = self.settings
+        return schedules.teacher_temperature(
+            self.current_epoch,
+            s.warmup_teacher_temperature,
+            s.teacher_temperature,
+            s.warmup_teacher_temperature_epochs,
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups, split by weight decay."""
+        return optimization.split_weight_decay(
+            self.named_parameter_groups(), self.group_options(), self.settings.decay_magnitudes
+        )
+
+    def last_layer_parameters(self) -> list[nn.Parameter]:
+        """Parameters that stay frozen in the first ``freeze_last_layer`` epochs."""
+        return list(self.head.last_layer.parameters())
+
+    def adjust_gradients(self) -> None:
+        """Clip per parameter over the student, and freeze the last layer in the first epochs."""
+        clipped = [
+            parameter
+            for name, parameters in self.named_parameter_groups().items()
+            if name != "classifier"
+            for _, parameter in parameters
+        ]
+        optimization.clip_per_parameter(clipped, self.settings.clip_grad)
+        if self.current_epoch < self.settings.freeze_last_layer:
+            for parameter in self.last_layer_parameters():
+                parameter.grad = None
 
     @torch.no_grad()
     def teacher_targets(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

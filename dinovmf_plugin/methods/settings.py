@@ -13,9 +13,9 @@ from omegaconf.errors import ConfigKeyError, ConfigTypeError, ValidationError
 from dinovmf_plugin.centering import CENTERINGS
 from dinovmf_plugin.prototypes import NORMALIZATIONS
 
-__all__ = ["DINOSettings", "check_choice", "check_range", "read_settings"]
+__all__ = ["DINOSettings", "MethodSettings", "check_choice", "check_range", "read_settings"]
 
-SettingsT = TypeVar("SettingsT", bound="DINOSettings")
+SettingsT = TypeVar("SettingsT", bound="MethodSettings")
 
 
 def check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -33,12 +33,8 @@ def check_range(key: str, value: float, low: float, high: float, hint: str = "")
 
 
 @dataclass
-class DINOSettings:
-    """``method_kwargs`` of ``dino_multicrop`` and ``dino_vmf``.
-
-    Names that solo-learn's own DINO has are kept; see ``configs/method/dino_vmf.yaml`` for the published
-    values and docs/configuration.md for every key.
-    """
+class MethodSettings:
+    """``method_kwargs`` that every method has."""
 
     # the two switches of the paper's Table 1
     normalization: str = "none"
@@ -53,17 +49,12 @@ class DINOSettings:
     # temperatures
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
-    warmup_teacher_temperature: float = 0.04
-    warmup_teacher_temperature_epochs: int = 0
     # targets
     center_momentum: float = 0.9
-    center_raw_scores: bool = False
     sinkhorn_iterations: int = 3
     # optimisation
     clip_grad: float = 0.0
-    freeze_last_layer: int = 1
     final_weight_decay: float | None = None
-    decay_magnitudes: bool = True
     prototype_spread: float = 0.0
     # starting point
     init_from: str | None = None
@@ -87,12 +78,7 @@ class DINOSettings:
             "monitor_every",
         ):
             check_range(f"method_kwargs.{key}", getattr(self, key), 1, float("inf"))
-        for key in (
-            "warmup_teacher_temperature_epochs",
-            "clip_grad",
-            "freeze_last_layer",
-            "prototype_spread",
-        ):
+        for key in ("clip_grad", "prototype_spread"):
             check_range(f"method_kwargs.{key}", getattr(self, key), 0, float("inf"))
         if self.normalization == "vmf" and self.proj_output_dim < 3:
             raise ValueError(
@@ -103,13 +89,39 @@ class DINOSettings:
         check_range("method_kwargs.center_momentum", self.center_momentum, 0, 1 - 1e-9, "DINO: 0.9")
         if self.final_weight_decay is not None:
             check_range("method_kwargs.final_weight_decay", self.final_weight_decay, 0, 100)
-        check_temperatures(
-            self.student_temperature,
-            {
-                "teacher_temperature": self.teacher_temperature,
-                "warmup_teacher_temperature": self.warmup_teacher_temperature,
-            },
-        )
+        check_temperatures(self.student_temperature, self.teacher_temperatures())
+
+    def teacher_temperatures(self) -> dict[str, float]:
+        """All temperatures of the teacher, by key."""
+        return {"teacher_temperature": self.teacher_temperature}
+
+
+@dataclass
+class DINOSettings(MethodSettings):
+    """``method_kwargs`` of ``dino_multicrop`` and ``dino_vmf``.
+
+    Names that solo-learn's own DINO has are kept; see ``configs/method/dino_vmf.yaml`` for the published
+    values and docs/configuration.md for every key.
+    """
+
+    warmup_teacher_temperature: float = 0.04
+    warmup_teacher_temperature_epochs: int = 0
+    center_raw_scores: bool = False
+    freeze_last_layer: int = 1
+    decay_magnitudes: bool = True
+
+    def validate(self) -> None:
+        """Raise a ValueError for the first value that cannot work, naming its key."""
+        super().validate()
+        for key in ("warmup_teacher_temperature_epochs", "freeze_last_layer"):
+            check_range(f"method_kwargs.{key}", getattr(self, key), 0, float("inf"))
+
+    def teacher_temperatures(self) -> dict[str, float]:
+        """All temperatures of the teacher, by key."""
+        return {
+            **super().teacher_temperatures(),
+            "warmup_teacher_temperature": self.warmup_teacher_temperature,
+        }
 
 
 def check_temperatures(student: float, teachers: dict[str, float]) -> None:
