@@ -8,11 +8,13 @@ from omegaconf import DictConfig
 from solo.methods import METHODS
 from solo.methods.base import BaseMomentumMethod as _BaseMomentumMethod
 
+from dinovmf_plugin.host.backbones import register_in_main
 from dinovmf_plugin.host.knn import repair_knn
 
 __all__ = ["BaseMomentumMethod", "build_host_method"]
 
 repair_knn()
+register_in_main()
 
 
 class BaseMomentumMethod(_BaseMomentumMethod):

@@ -17,6 +17,7 @@ from solo.methods import METHODS
 from solo.methods.base import BaseMomentumMethod as _BaseMomentumMethod
 from torch import Tensor
 
+from dinovmf_plugin.host.backbones import standing_in_release
 from dinovmf_plugin.host.knn import repair_knn
 
 __all__ = ["BaseMomentumMethod", "build_host_method"]
@@ -111,8 +112,10 @@ class BaseMomentumMethod(_BaseMomentumMethod):
 
     def __init__(self, cfg: DictConfig) -> None:
         cfg = self.add_and_assert_specific_cfg(cfg)
-        super().__init__(**_keyword_arguments(cfg))
+        with standing_in_release(cfg.backbone.name) as encoder:
+            super().__init__(**{**_keyword_arguments(cfg), "encoder": encoder})
         self.cfg = cfg
+        self.backbone_name = cfg.backbone.name
         self.exclude_bias_n_norm_wd = cfg.optimizer.exclude_bias_n_norm_wd
         self.scheduler_interval = cfg.scheduler.interval
         self.no_channel_last = cfg.performance.disable_channel_last
@@ -213,7 +216,8 @@ def build_host_method(cfg: DictConfig) -> Any:
         for name in ("base_tau_momentum", "final_tau_momentum", "momentum_classifier"):
             kwargs.pop(name)
     try:
-        return _adapted(cls)(cfg, **kwargs)
+        with standing_in_release(cfg.backbone.name) as encoder:
+            return _adapted(cls)(cfg, **{**kwargs, "encoder": encoder})
     except TypeError as error:
         raise ValueError(f"method={cfg.method} of solo-learn 1.0.2: {error}") from error
 

@@ -1,0 +1,64 @@
+"""``python -m dinovmf_plugin VERB|SCRIPT.py ARGS``: the plugin's entry points and the host's scripts.
+
+=========================  =============================================================
+``import``, ``export``     weights in and out (``checkpoints.cli``)
+``main_pretrain`` ...      a script of the plugin by name (``scripts/``)
+``path/to/main_knn.py``    a script of solo-learn, with the plugin's methods registered
+=========================  =============================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+import runpy
+import sys
+from pathlib import Path
+
+from dinovmf_plugin.cli import one_clear_message
+
+
+def _script_names() -> list[str]:
+    folder = importlib.resources.files("dinovmf_plugin.scripts")
+    names = [entry.name[:-3] for entry in folder.iterdir() if entry.name.endswith(".py")]
+    return sorted(name for name in names if name != "__init__")
+
+
+def _usage() -> str:
+    return (
+        "usage: python -m dinovmf_plugin VERB [ARGS]\n"
+        f"  verbs: import, export, {', '.join(_script_names())}\n"
+        "  or the path of one of solo-learn's scripts, e.g. path/to/solo-learn/main_knn.py"
+    )
+
+
+@one_clear_message
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    verb, rest = argv[0], argv[1:]
+    if verb in ("import", "export"):
+        from dinovmf_plugin.checkpoints import cli
+
+        return int(cli.import_main(rest) if verb == "import" else cli.export_main(rest))
+    if verb in _script_names():
+        sys.argv = [verb, *rest]
+        importlib.import_module(f"dinovmf_plugin.scripts.{verb}").main()
+        return 0
+    path = Path(verb)
+    if not path.is_file():
+        raise FileNotFoundError(f"{verb!r} is neither a verb nor a file\n{_usage()}")
+    from dinovmf_plugin.host.run import prepare_for_host_script
+
+    prepare_for_host_script()
+    sys.argv = [str(path), *rest]
+    sys.path.insert(0, str(path.resolve().parent))
+    runpy.run_path(str(path), run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
