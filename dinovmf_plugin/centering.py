@@ -10,7 +10,8 @@ official code does; with gradient accumulation every micro-batch updates it.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Iterable
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ CenteringName = Literal["logit", "probability", "sinkhorn"]
 CENTERINGS: tuple[str, ...] = get_args(CenteringName)
 
 
-def log_mean_probability(logits: Tensor) -> Tensor:
+def log_mean_probability(logits: Tensor | Iterable[Tensor]) -> Tensor:
     """``log mean_b softmax(l_b)`` over the rows of all ranks, ``(1, K)`` in float32.
 
     The arithmetic mean of the probabilities, formed in the log domain (log-softmax, then
@@ -41,15 +42,22 @@ def log_mean_probability(logits: Tensor) -> Tensor:
     probabilities underflows to ``log 0 = -inf`` once logits spread over about 100 nats.
 
     Args:
-        logits: ``(rows, K)``; the number of rows may differ between ranks and be 0 on some.
+        logits: ``(rows, K)``, or chunks of such rows; the number of rows may differ between ranks and
+            be 0 on some.
 
     Example:
         >>> wide = torch.tensor([[0.0, 200.0], [0.0, 300.0]])
         >>> log_mean_probability(wide).tolist()
         [[-200.69314575195312, 0.0]]
+        >>> log_mean_probability(wide.split(1)).tolist()
+        [[-200.69314575195312, 0.0]]
     """
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    return distributed.logsumexp_over_ranks(log_p) - math.log(distributed.total(len(logits)))
+    parts, rows = [], 0
+    for chunk in [logits] if isinstance(logits, Tensor) else logits:
+        log_p = torch.log_softmax(chunk.float(), dim=-1)
+        parts.append(log_p.logsumexp(dim=0, keepdim=True) if len(log_p) else log_p)
+        rows += len(log_p)
+    return distributed.logsumexp_over_ranks(torch.cat(parts)) - math.log(distributed.total(rows))
 
 
 class Centering(nn.Module):
@@ -59,11 +67,16 @@ class Centering(nn.Module):
         num_prototypes: ``K``.
         momentum: EMA coefficient ``m`` of the centre in [0, 1) (DINO: 0.9).
 
+    Attributes:
+        linear: whether a batch's centre is a linear function of its mean scores, so that one row, the
+            mean, may stand for all of them in ``update``.
+
     Raises:
         ValueError: if the momentum lies outside [0, 1).
     """
 
     center: Tensor
+    linear: ClassVar[bool] = False
 
     def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
         super().__init__()
@@ -91,17 +104,29 @@ class Centering(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, scores: Tensor, temperature: float, log_normalizer: Tensor | None = None
+        self,
+        scores: Tensor | Iterable[Tensor],
+        temperature: float,
+        log_normalizer: Tensor | None = None,
     ) -> None:
-        """Move the centre towards this batch: ``c <- m c + (1 - m) batch_center``."""
-        with torch.autocast(scores.device.type, enabled=False):
-            batch = self._batch_center(scores.float(), temperature, log_normalizer)
-            self.center.lerp_(batch, 1 - self.momentum)
+        """Move the centre towards this batch: ``c <- m c + (1 - m) batch_center``.
+
+        Args:
+            scores: ``(rows, K)``; or chunks of rows, made one after the other, where all of them
+                together would not fit (iBOT's patches).
+            temperature: the teacher's.
+            log_normalizer: ``(K,)`` at this temperature, for vMF prototypes.
+        """
+        chunks = [scores] if isinstance(scores, Tensor) else scores
+        batch = self._batch_center(chunks, temperature, log_normalizer)
+        self.center.lerp_(batch, 1 - self.momentum)
 
     def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
         raise TypeError(f"{type(self).__name__} defines no targets")
 
-    def _batch_center(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
+    def _batch_center(
+        self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
+    ) -> Tensor:
         raise TypeError(f"{type(self).__name__} defines no centre")
 
     def extra_repr(self) -> str:
@@ -136,6 +161,8 @@ class LogitCentering(Centering):
         tensor([[0.1000, 0.0000, 0.0000, 0.0000]])
     """
 
+    linear = True
+
     def __init__(
         self, num_prototypes: int, momentum: float = 0.9, raw_scores: bool = False
     ) -> None:
@@ -147,8 +174,14 @@ class LogitCentering(Centering):
             return _logits(scores - self.center, temperature, bias).softmax(dim=-1)
         return _logits(scores, temperature, bias).sub_(self.center).softmax(dim=-1)
 
-    def _batch_center(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
-        mean = distributed.mean_over_rows(scores)
+    def _batch_center(
+        self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
+    ) -> Tensor:
+        summed, rows = torch.zeros_like(self.center), 0
+        for scores in chunks:
+            summed += scores.sum(dim=0, dtype=torch.float32)
+            rows += len(scores)
+        mean = distributed.mean_over_rows(summed, rows)
         if bias is None or self.raw_scores:
             return mean
         return _logits(mean, temperature, bias)
@@ -171,8 +204,10 @@ class ProbabilityCentering(Centering):
     def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
         return _logits(scores, temperature, bias).sub_(self.center).softmax(dim=-1)
 
-    def _batch_center(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
-        return log_mean_probability(_logits(scores, temperature, bias))
+    def _batch_center(
+        self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
+    ) -> Tensor:
+        return log_mean_probability(_logits(scores.float(), temperature, bias) for scores in chunks)
 
 
 def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
@@ -219,7 +254,10 @@ class SinkhornCentering(Centering):
         return sinkhorn(_logits(scores, temperature, bias), self.iterations)
 
     def update(
-        self, scores: Tensor, temperature: float, log_normalizer: Tensor | None = None
+        self,
+        scores: Tensor | Iterable[Tensor],
+        temperature: float,
+        log_normalizer: Tensor | None = None,
     ) -> None:
         """Sinkhorn has no state between batches."""
 

@@ -34,12 +34,17 @@ def total(count: int) -> int:
     return max(count, 1)
 
 
-def mean_over_rows(x: Tensor) -> Tensor:
-    """Mean over the rows of all ranks, ``(rows, K) -> (1, K)``: sums and counts, not mean of means."""
+def mean_over_rows(x: Tensor, rows: int | None = None) -> Tensor:
+    """Mean over the rows of all ranks, ``(rows, K) -> (1, K)``: sums and counts, not mean of means.
+
+    Args:
+        x: rows, or partial sums of rows.
+        rows: how many rows ``x`` adds up to; default: its own number of rows.
+    """
     summed = x.sum(dim=0, keepdim=True)
     if is_distributed():
         dist.all_reduce(summed)
-    return summed / total(len(x))
+    return summed / total(len(x) if rows is None else rows)
 
 
 def logsumexp_over_ranks(x: Tensor) -> Tensor:
