@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dinovmf_plugin.checkpoints.report import LoadReport
 from dinovmf_plugin.checkpoints.transfer import IMPORT_SOURCES, export_weights, import_weights
+from dinovmf_plugin.cli import one_clear_message
 
 __all__ = ["export_main", "import_main"]
 
@@ -28,20 +28,19 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
 
 
-def _run(verb: str, work: Callable[[], tuple[LoadReport, list[Path]]]) -> int:
-    try:
-        report, written = work()
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        print(f"{verb}: {error}", file=sys.stderr)
-        return 1
+def _print(report: LoadReport, written: list[Path]) -> int:
     print(report)
     for path in written:
         print(f"wrote {path}")
     return 0
 
 
+@one_clear_message
 def import_main(argv: Sequence[str] | None = None) -> int:
-    """``import --source dino|ibot|msn|solo FILE --output OUT.safetensors``; returns the exit status."""
+    """``import --source dino|ibot|msn|solo FILE --output OUT.safetensors``.
+
+    Returns 0; bad input ends in one sentence and exit status 2.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m dinovmf_plugin import",
         description="Convert a foreign checkpoint to timm-named safetensors and print what matched.",
@@ -55,9 +54,8 @@ def import_main(argv: Sequence[str] | None = None) -> int:
     )
     _shared(parser)
     args = parser.parse_args(argv)
-    return _run(
-        "import",
-        lambda: import_weights(
+    return _print(
+        *import_weights(
             args.file,
             args.output,
             source=args.source,
@@ -70,8 +68,12 @@ def import_main(argv: Sequence[str] | None = None) -> int:
     )
 
 
+@one_clear_message
 def export_main(argv: Sequence[str] | None = None) -> int:
-    """``export CHECKPOINT --output DIR [--torchscript] [--onnx]``; returns the exit status."""
+    """``export CHECKPOINT --output DIR [--torchscript] [--onnx]``.
+
+    Returns 0; bad input ends in one sentence and exit status 2.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m dinovmf_plugin export",
         description="Write a backbone for timm and the Hugging Face Hub.",
@@ -83,9 +85,8 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--onnx", action="store_true", help="also write ONNX")
     _shared(parser)
     args = parser.parse_args(argv)
-    return _run(
-        "export",
-        lambda: export_weights(
+    return _print(
+        *export_weights(
             args.checkpoint,
             args.output,
             which=args.which,

@@ -48,12 +48,12 @@ def _compare(vit: VisionTransformer, run: Callable[[Tensor], Tensor], what: str)
         images = _images(vit, batch)
         wanted, got = vit(images), run(images)
         if wanted.shape != got.shape:
-            raise RuntimeError(
+            raise ValueError(
                 f"the {what} gives {tuple(got.shape)} instead of {tuple(wanted.shape)}: not written"
             )
         error = float((wanted - got).abs().max() / wanted.abs().max())
         if not error <= TOLERANCE:
-            raise RuntimeError(
+            raise ValueError(
                 f"the {what} differs from the network by {error:.1e} of its largest feature, more "
                 f"than {TOLERANCE:.0e}: not written"
             )
@@ -64,7 +64,7 @@ def write_torchscript(vit: VisionTransformer, path: Path) -> None:
     """Trace ``vit``, compare the reloaded file's outputs, then put it at ``path``.
 
     Raises:
-        RuntimeError: if the outputs differ by more than ``TOLERANCE``; nothing is written.
+        ValueError: if the outputs differ by more than ``TOLERANCE``; nothing is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export.") as scratch:
@@ -83,7 +83,7 @@ def write_onnx(vit: VisionTransformer, path: Path) -> None:
 
     Raises:
         ImportError: see ``require_onnx``.
-        RuntimeError: if the outputs differ by more than ``TOLERANCE``; nothing is written.
+        ValueError: if the outputs differ by more than ``TOLERANCE``; nothing is written.
     """
     require_onnx()
     import onnxruntime

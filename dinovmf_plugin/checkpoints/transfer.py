@@ -164,8 +164,8 @@ def export_weights(
     Raises:
         FileExistsError: if an output exists and ``overwrite`` is false.
         ImportError: if ``onnx`` is asked for and its packages are absent.
-        RuntimeError: if a traced graph does not give the network's outputs.
-        ValueError: see ``load_backbone`` and ``load_head``.
+        ValueError: see ``load_backbone`` and ``load_head``; or a graph does not give the network's
+            outputs, in which case the weights are not written either.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():

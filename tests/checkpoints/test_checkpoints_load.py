@@ -1,6 +1,7 @@
 """Backbones of every published layout give the original network's features."""
 
 import pytest
+import timm
 import torch
 from timm.models import VisionTransformer
 
@@ -224,3 +225,15 @@ def test_rectangular_grid_from_the_config(original, plugin_checkpoint, tmp_path)
     vit, _ = load_backbone(path)
     assert vit.patch_embed.grid_size == (3, 5)
     assert vit(torch.randn(1, 3, 24, 40)).shape == (1, 32)
+
+
+def test_folder_that_timm_itself_wrote_for_the_hub(images, tmp_path):
+    sizes = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=0, **sizes).eval()
+    timm.models.save_for_hf(source, str(tmp_path), model_args=sizes, safe_serialization=True)
+    vit, report = load_backbone(tmp_path)
+    torch.testing.assert_close(vit(images), source(images), rtol=0, atol=0)
+    assert "2 heads from the file's config" in report.model_name
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        load_backbone(tmp_path)

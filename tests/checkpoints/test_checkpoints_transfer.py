@@ -9,9 +9,8 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from dinovmf_plugin.checkpoints import graphs, initialize_from, load_backbone, load_head
-from dinovmf_plugin.checkpoints.cli import export_main, import_main
-from dinovmf_plugin.heads import DINOHead
+from dinovmf_plugin.__main__ import main
+from dinovmf_plugin.checkpoints import graphs, load_backbone, load_head
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -20,6 +19,14 @@ def save(folder, content, name="file.pth"):
     path = folder / name
     torch.save(content, path)
     return path
+
+
+def command(*arguments):
+    """Exit status of ``python -m dinovmf_plugin ARGUMENTS``."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        return error.code
 
 
 @pytest.fixture
@@ -33,14 +40,14 @@ def ckpt(plugin_checkpoint, tmp_path):
 def test_import_export_round_trip_to_timm(original, images, tmp_path, capsys, kind, which):
     nets, content = original.msn() if kind == "msn" else original.pair(kind)
     path, out, folder = save(tmp_path, content), tmp_path / "i" / "w.safetensors", tmp_path / "e"
-    command = [str(path), "--source", kind, "--output", str(out), "--num-heads", "2"]
-    assert import_main([*command, "--which", which]) == 0
+    options = ("--source", kind, "--output", out, "--num-heads", 2, "--which", which)
+    assert command("import", path, *options) == 0
     printed = capsys.readouterr().out
     assert f"{which} of a {kind} file" in printed
     assert "(100.0%)" in printed
     assert printed.count("wrote ") == 3
     assert str(out) in printed
-    assert export_main([str(out), "--output", str(folder), "--head"]) == 0
+    assert command("export", out, "--output", folder, "--head") == 0
 
     vit, _ = load_backbone(path, which=which, num_heads=2)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -68,7 +75,7 @@ def test_import_export_round_trip_to_timm(original, images, tmp_path, capsys, ki
 def test_export_of_a_standard_size_needs_no_arguments(tmp_path, images):
     source = VisionTransformer(embed_dim=192, num_heads=3, num_classes=0)
     path = save(tmp_path, source.state_dict())
-    assert export_main([str(path), "--output", str(tmp_path / "e")]) == 0
+    assert command("export", path, "--output", tmp_path / "e") == 0
     model = timm.create_model(
         "vit_tiny_patch16_224",
         pretrained=False,
@@ -82,7 +89,7 @@ def test_export_of_a_standard_size_needs_no_arguments(tmp_path, images):
 @torch.no_grad()
 def test_model_card_code_runs_and_config_tells_the_preprocessing(ckpt, tmp_path, images):
     folder = tmp_path / "e"
-    assert export_main([str(ckpt), "--output", str(folder), "--img-size", "48", "--head"]) == 0
+    assert command("export", ckpt, "--output", folder, "--img-size", 48, "--head") == 0
     card = (folder / "README.md").read_text()
     assert "| Normalization | vmf |" in card
     assert "vit_tiny" not in card.split("## Use")[0]
@@ -125,8 +132,7 @@ def test_graphs_give_the_networks_outputs(ckpt, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     folder = tmp_path / "e"
-    command = [str(ckpt), "--output", str(folder), "--torchscript", "--onnx"]
-    assert export_main(command) == 0
+    assert command("export", ckpt, "--output", folder, "--torchscript", "--onnx") == 0
     vit, _ = load_backbone(ckpt)
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     traced = torch.jit.load(folder / "model.torchscript.pt")
@@ -145,7 +151,7 @@ def test_a_graph_with_other_outputs_is_not_written(ckpt, tmp_path):
     vit.train()
     vit.blocks[0].attn.proj_drop.p = 0.5  # a network that never gives the same twice
     with pytest.raises(
-        RuntimeError, match="TorchScript file differs from the network by .* not written"
+        ValueError, match="TorchScript file differs from the network by .* not written"
     ):
         graphs.write_torchscript(vit, tmp_path / "e" / "m.pt")
     assert list((tmp_path / "e").iterdir()) == []
@@ -153,7 +159,7 @@ def test_a_graph_with_other_outputs_is_not_written(ckpt, tmp_path):
 
 def test_absent_onnx_packages_are_named_before_any_work(ckpt, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: None)
-    assert export_main([str(ckpt), "--output", str(tmp_path / "e"), "--onnx"]) == 1
+    assert command("export", ckpt, "--output", tmp_path / "e", "--onnx") == 2
     message = capsys.readouterr().err
     assert "onnx, onnxscript, onnxruntime: pip install 'dinovmf-plugin[export]'" in message
     assert not (tmp_path / "e").exists()
@@ -171,9 +177,8 @@ def test_import_checks_the_layout_it_was_promised(original, ckpt, tmp_path, caps
     for name, path in files.items():
         for source in ("dino", "ibot", "msn", "solo"):
             out = tmp_path / name / source / "w.safetensors"
-            code = import_main(
-                ["--source", source, str(path), "--output", str(out), "--num-heads", "2"]
-            )
+            options = ("--source", source, "--output", out, "--num-heads", 2)
+            code = command("import", path, *options)
             error = capsys.readouterr().err
             assert (code == 0) == out.exists() == (source in fits[name]), (name, source, error)
             if code:
@@ -181,94 +186,26 @@ def test_import_checks_the_layout_it_was_promised(original, ckpt, tmp_path, caps
                 assert error.count("\n") == 1
 
 
-def test_bad_commands_end_in_one_line(ckpt, tmp_path, capsys):
-    def fails(verb, *arguments):
-        assert verb([str(a) for a in arguments]) == 1
+def test_bad_commands_end_in_one_line(original, ckpt, tmp_path, capsys):
+    def fails(*arguments):
+        assert command(*arguments) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "Traceback" not in error
+        assert error.startswith("error: ")
         return error
 
-    base = (ckpt, "--source", "solo", "--output")
-    assert "must be a file name that ends in .safetensors" in fails(
-        import_main, *base, tmp_path / "x.pth"
-    )
-    assert "there is no checkpoint file" in fails(export_main, "absent", "--output", tmp_path / "e")
-    bare = tmp_path / "i" / "w.safetensors"
-    assert import_main([*map(str, base), str(bare)]) == 0
+    begin = ("import", ckpt, "--source", "solo", "--output")
+    out = tmp_path / "i" / "w.safetensors"
+    assert "must be a file name that ends in .safetensors" in fails(*begin, tmp_path / "x.pth")
+    assert "no checkpoint file" in fails("export", "absent", "--output", tmp_path / "e")
+    assert command(*begin, out) == 0
     capsys.readouterr()
-    assert "exists already" in fails(import_main, *base, bare)
-    assert import_main([*map(str, base), str(bare), "--overwrite"]) == 0
-    with pytest.raises(SystemExit):
-        import_main([str(ckpt), "--source", "clip", "--output", "x.safetensors"])
+    assert "exists already" in fails(*begin, out)
+    assert command(*begin, out, "--overwrite", "--which", "student") == 0
+    assert load_backbone(out)[1].which == "student"
+    capsys.readouterr()
+    bare = save(tmp_path, original.ViT().state_dict())
+    options = ("--output", tmp_path / "e", "--num-heads", 2, "--head")
+    assert "holds no projection head" in fails("export", bare, *options)
+    assert command("import", ckpt, "--source", "clip", "--output", "x.safetensors") == 2
     assert "invalid choice: 'clip'" in capsys.readouterr().err
-
-
-def test_export_head_of_a_backbone_only_file_is_an_error(original, tmp_path, capsys):
-    path = save(tmp_path, original.ViT().state_dict())
-    command = [str(path), "--output", str(tmp_path / "e"), "--num-heads", "2", "--head"]
-    assert export_main(command) == 1
-    assert "holds no projection head" in capsys.readouterr().err
-
-
-# --- continue pre-training -------------------------------------------------------------------
-
-
-def small_vit(**kwargs):
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": 32}
-    return VisionTransformer(**sizes | kwargs, num_classes=0)
-
-
-def small_head(k=24):
-    return DINOHead(32, hidden_dim=40, bottleneck_dim=16, num_prototypes=k, normalization="vmf")
-
-
-@pytest.mark.parametrize("which", ["teacher", "student"])
-@torch.no_grad()
-def test_initialize_from_official_weights(original, images, tmp_path, which):
-    nets, content = original.pair("dino")
-    path = save(tmp_path, content)
-    vit, head = small_vit(drop_path_rate=0.1), small_head()
-    report = initialize_from(vit, head, path, which)
-    torch.testing.assert_close(vit.eval()(images), nets[which][0](images), **TOLERANCE)
-    features = torch.randn(4, 32)
-    scores = head.last_layer.scores(head(features))
-    torch.testing.assert_close(scores, nets[which][1](features), **TOLERANCE)
-    assert len(report.head_matched) == 8
-    assert report.head_skipped == ()
-    assert "head        8 tensors matched" in str(report)
-
-
-@torch.no_grad()
-def test_initialize_from_keeps_new_prototypes_and_resamples(original, tmp_path):
-    nets, content = original.pair("dino")
-    path = save(tmp_path, content)
-    vit, head = small_vit(img_size=48), small_head(k=30)
-    before = head.last_layer.weight_v.clone()
-    report = initialize_from(vit, head, path)
-    larger = torch.randn(2, 3, 48, 48)
-    torch.testing.assert_close(vit.eval()(larger), nets["teacher"][0](larger), **TOLERANCE)
-    assert report.resized == ((4, 4), (6, 6))
-    torch.testing.assert_close(head.mlp[0].weight, nets["teacher"][1].mlp[0].weight)
-    torch.testing.assert_close(head.last_layer.weight_v, before, rtol=0, atol=0)
-    assert len(report.head_matched) == 6
-    assert "last_layer.weight_v (file (24, 16), network (30, 16))" in report.head_skipped
-
-
-def test_initialize_from_backbone_only_file_names_the_missing_head(original, tmp_path):
-    path = save(tmp_path, original.ViT().state_dict())
-    report = initialize_from(small_vit(), small_head(), path)
-    assert report.head_matched == ()
-    assert "mlp.0.weight (not in the file)" in report.head_skipped
-    assert initialize_from(small_vit(), None, path).head_skipped == ()
-
-
-def test_initialize_from_refuses_other_networks(original, tmp_path):
-    path = save(tmp_path, original.ViT().state_dict())
-    vit = small_vit(embed_dim=64)
-    before = vit.pos_embed.detach().clone()
-    with pytest.raises(ValueError, match=r"was refused: only .* of the backbone's tensors match"):
-        initialize_from(vit, None, path)
-    torch.testing.assert_close(vit.pos_embed.data, before, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="cannot fill a Linear"):
-        initialize_from(torch.nn.Linear(2, 2), None, path)
