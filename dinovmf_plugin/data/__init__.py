@@ -1,0 +1,1 @@
+"""Images for training and evaluation: recipes, folders, and loaders on torchvision and DALI."""

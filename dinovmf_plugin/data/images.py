@@ -1,0 +1,137 @@
+"""Finds unreadable images before training does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from dinovmf_plugin.data.folders import ImageFolder
+
+CHECKS = ("fast", "full", "none")
+_MAX_NAMED = 10
+# A JPEG may carry padding or a maker's data behind its end marker.
+_TAIL_BYTES = 4096
+_JPEG_END = b"\xff\xd9"
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Reads an image completely, as RGB.
+
+    Raises:
+        RuntimeError: it cannot be read; the message names the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            return Image.open(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RuntimeError(f"cannot read the image {os.fspath(path)!r}: {error}") from error
+
+
+def _full(path: str) -> str | None:
+    try:
+        open_image(path)
+    except RuntimeError as error:
+        return str(error.__cause__)
+    return None
+
+
+def _fast(path: str) -> str | None:
+    """Looks at header and end; decodes what looks wrong, so that no whole image is refused."""
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            if image.format == "JPEG":
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _TAIL_BYTES))
+                if _JPEG_END in file.read():
+                    return None
+            elif image.format == "PNG":
+                image.verify()  # checksums of all chunks, no decoding
+                return None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return str(error)
+    return _full(path)
+
+
+def find_unreadable(
+    paths: Sequence[str], *, check: str = "fast", num_threads: int = 8, progress: bool = True
+) -> dict[int, str]:
+    """Finds images that cannot be read.
+
+    Args:
+        paths: files.
+        check: ``fast`` reads the header and the end of JPEG files and the checksums of PNG files,
+            and decodes what looks wrong and all other formats; it finds truncated and non-image
+            files. ``full`` decodes everything. ``none`` nothing.
+        num_threads: files looked at at the same time.
+        progress: whether to show a progress bar (for more than a thousand files).
+
+    Returns:
+        Index of each unreadable file -> what is wrong with it.
+
+    Raises:
+        ValueError: ``check`` is unknown.
+
+    Example:
+        >>> find_unreadable([], check="full")
+        {}
+    """
+    if check not in CHECKS:
+        raise ValueError(f"data.check_images must be one of {CHECKS}, got {check!r}")
+    if check == "none":
+        return {}
+    inspect = _fast if check == "fast" else _full
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        found = tqdm(
+            pool.map(inspect, paths, chunksize=64),
+            total=len(paths),
+            desc="checking images",
+            unit="image",
+            disable=not progress or len(paths) <= 1000,
+        )
+        return {index: problem for index, problem in enumerate(found) if problem is not None}
+
+
+def refuse_or_drop(
+    images: ImageFolder,
+    unreadable: Mapping[int, str],
+    *,
+    skip: bool = False,
+    key: str = "data.train_path",
+) -> ImageFolder:
+    """Refuses unreadable images in one error, or leaves them out.
+
+    Args:
+        images: the images of a folder.
+        unreadable: index -> what is wrong, from :func:`find_unreadable`.
+        skip: leave them out (``data.skip_unreadable``) instead of raising.
+        key: config key of the folder, for messages.
+
+    Returns:
+        The readable images.
+
+    Raises:
+        RuntimeError: there are unreadable images and ``skip`` is False (the message names them), or
+        nothing else is left.
+    """
+    if not unreadable:
+        return images
+    if not skip:
+        named = [
+            f"{images.path(i)} ({problem})" for i, problem in list(unreadable.items())[:_MAX_NAMED]
+        ]
+        more = f" and {len(unreadable) - _MAX_NAMED} more" if len(unreadable) > _MAX_NAMED else ""
+        raise RuntimeError(
+            f"{key}: {len(unreadable)} of {len(images)} images cannot be read: {'; '.join(named)}{more}. "
+            "Repair or remove them, or set data.skip_unreadable=True to train without them"
+        )
+    if len(unreadable) == len(images):
+        raise RuntimeError(
+            f"{key}: none of the {len(images)} images in {str(images.root)!r} can be read"
+        )
+    return images.subset(np.setdiff1d(np.arange(len(images)), np.array(list(unreadable))))

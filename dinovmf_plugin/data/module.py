@@ -1,0 +1,278 @@
+"""From a config to a loader: the only file of this room that knows where the config's keys are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
+from dinovmf_plugin.data.folders import ImageFolder, list_images, take_fraction
+from dinovmf_plugin.data.images import find_unreadable, refuse_or_drop
+from dinovmf_plugin.data.loaders import FolderSource, ImageSource, PretrainLoader
+from dinovmf_plugin.data.recipe import Recipe, parse_recipe
+from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
+
+FOLDER_DATASETS = ("imagenet", "imagenet100", "custom")
+TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10")
+FORMATS = ("image_folder", "dali")
+
+_log = logging.getLogger(__name__)
+
+
+def _get(cfg: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    node: Any = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+        if node is None:
+            return default
+    return node
+
+
+def _choice(
+    cfg: Mapping[str, Any], key: str, known: tuple[str, ...], default: str | None = None
+) -> str:
+    value = _get(cfg, key, default)
+    if value not in known:
+        raise ValueError(f"{key} must be one of {known}, got {value!r}")
+    return str(value)
+
+
+class TorchvisionSource:
+    """CIFAR-10, CIFAR-100 or STL-10 as an ``ImageSource``.
+
+    Args:
+        name: ``cifar10``, ``cifar100`` or ``stl10``.
+        root: folder with the data set as torchvision unpacks it; nothing is downloaded.
+        train: training part (STL-10: with its unlabelled images) or test part.
+        fraction: share of the images, see :func:`dinovmf_plugin.data.folders.take_fraction`.
+
+    Raises:
+        FileNotFoundError: the data set is not there.
+    """
+
+    def __init__(
+        self, name: str, root: str | Path, *, train: bool = True, fraction: float | None = None
+    ) -> None:
+        from torchvision import datasets
+
+        try:
+            if name == "stl10":
+                split = "train+unlabeled" if train else "test"
+                self._dataset: Any = datasets.STL10(str(root), split=split, download=False)
+                labels = self._dataset.labels
+            else:
+                kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+                self._dataset = kind(str(root), train=train, download=False)
+                labels = self._dataset.targets
+        except RuntimeError as error:
+            raise FileNotFoundError(
+                f"data.dataset={name}: the data set is not in {str(root)!r}. Download it once with "
+                f"torchvision.datasets.{name.upper()}({str(root)!r}, download=True)"
+            ) from error
+        self._indices = take_fraction(np.asarray(labels, dtype=np.int64), fraction)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def image(self, index: int) -> Image.Image:
+        """Image ``index``, RGB."""
+        return self._dataset[self._indices[index]][0]
+
+    def label(self, index: int) -> int:
+        """Its class; -1 for STL-10's unlabelled images."""
+        return int(self._dataset[self._indices[index]][1])
+
+
+def _unreadable(images: ImageFolder, check: str, num_threads: int) -> dict[int, str]:
+    """Unreadable images; the processes of a running process group share the work."""
+    paths = [images.path(index) for index in range(len(images))]
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return find_unreadable(paths, check=check, num_threads=num_threads)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = find_unreadable(
+        paths[rank::world_size], check=check, num_threads=num_threads, progress=rank == 0
+    )
+    gathered: list[Any] = [None] * world_size
+    dist.all_gather_object(
+        gathered, {rank + world_size * i: problem for i, problem in mine.items()}
+    )
+    return dict(sorted((i, problem) for found in gathered for i, problem in found.items()))
+
+
+def training_images(cfg: Mapping[str, Any]) -> ImageFolder:
+    """Lists and checks the images of ``data.train_path``.
+
+    Args:
+        cfg: config with ``data.train_path`` and, if wanted, ``data.no_labels`` (default False),
+            ``data.fraction`` (-1: all), ``data.check_images`` (``fast``, ``full`` or ``none``),
+            ``data.skip_unreadable`` (False) and ``data.num_workers``.
+
+    Returns:
+        The images to train on.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: no images, no classes, or a value out of range.
+        RuntimeError: unreadable images that are not to be skipped; the message names them.
+    """
+    root = _get(cfg, "data.train_path")
+    if root is None:
+        raise ValueError("data.train_path is missing: the folder of the training images")
+    images = list_images(root, labelled=not _get(cfg, "data.no_labels", False))
+    images = images.subset(take_fraction(images.labels, _get(cfg, "data.fraction")))
+    check = str(_get(cfg, "data.check_images", "fast"))
+    bad = _unreadable(images, check, 2 * max(1, int(_get(cfg, "data.num_workers", 4))))
+    readable = refuse_or_drop(images, bad, skip=bool(_get(cfg, "data.skip_unreadable", False)))
+    if bad:
+        _log.warning(
+            "data.train_path: %d unreadable of %d images are left out", len(bad), len(images)
+        )
+    return readable
+
+
+def pretrain_loader(
+    cfg: Mapping[str, Any],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int | None = None,
+    device_id: int | None = None,
+) -> ResumableLoader:
+    """Builds the training loader of a config.
+
+    Args:
+        cfg: the run's config (plain containers or OmegaConf): ``data.dataset``, ``data.format``
+            (``image_folder`` or ``dali``), ``dali.device`` (``cpu`` or ``gpu``),
+            ``optimizer.batch_size``, ``augmentations``, ``seed`` and the keys of
+            :func:`training_images`. ``dali.encode_indexes_into_labels`` needs no reading: indexes
+            are always the true ones.
+        rank: this process.
+        world_size: number of processes.
+        seed: overrides ``cfg.seed`` (5 if neither is given, solo-learn's default); the same on all
+            ranks.
+        device_id: GPU of this process for ``dali.device=gpu``.
+
+    Returns:
+        Loader of ``[indexes, [crops], targets]``; see
+        :class:`dinovmf_plugin.data.sampling.ResumableLoader` for resuming.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: what is wrong with the config or the images, in
+        one sentence.
+    """
+    dataset = _choice(cfg, "data.dataset", FOLDER_DATASETS + TORCHVISION_DATASETS)
+    data_format = _choice(cfg, "data.format", FORMATS, "image_folder")
+    recipe = parse_recipe(_get(cfg, "augmentations", ()), dataset=dataset)
+    batch_size = _get(cfg, "optimizer.batch_size")
+    if batch_size is None:
+        raise ValueError("optimizer.batch_size is missing: images per step on one process")
+    seed = int(_get(cfg, "seed", 5)) if seed is None else seed
+    num_workers = int(_get(cfg, "data.num_workers", 4))
+
+    def plan(num_samples: int) -> EpochPlan:
+        return EpochPlan(num_samples, int(batch_size), seed, rank, world_size)
+
+    if dataset in TORCHVISION_DATASETS:
+        if data_format == "dali":
+            raise ValueError(
+                f"data.format=dali reads image folders only, set data.format=image_folder for {dataset}"
+            )
+        fraction = _get(cfg, "data.fraction")
+        source: ImageSource = TorchvisionSource(
+            dataset, _get(cfg, "data.train_path"), fraction=fraction
+        )
+        return PretrainLoader(source, recipe, plan(len(source)), num_workers=num_workers)
+
+    images = training_images(cfg)
+    if data_format == "image_folder":
+        return PretrainLoader(
+            FolderSource(images), recipe, plan(len(images)), num_workers=num_workers
+        )
+    from dinovmf_plugin.data.dali import DALILoader
+
+    return DALILoader(
+        images,
+        recipe,
+        plan(len(images)),
+        device=str(_get(cfg, "dali.device", "gpu")),
+        device_id=device_id,
+        num_threads=num_workers,
+    )
+
+
+def _default_center_crop(recipe: Recipe, dataset: str) -> CenterCrop:
+    first = recipe[0]
+    resize = first.size if dataset in TORCHVISION_DATASETS else round(first.size * 256 / 224)
+    return CenterCrop(resize, first.size, first.interpolation, first.mean, first.std)
+
+
+def validation_loader(
+    cfg: Mapping[str, Any],
+    *,
+    train: bool = False,
+    transform: CenterCrop | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    device_id: int | None = None,
+) -> Any:
+    """Builds a loader of deterministic centre crops, for validation or feature extraction.
+
+    Args:
+        cfg: as for :func:`pretrain_loader`; validation images are in ``data.val_path``, a labelled
+            folder.
+        train: read ``data.train_path`` (all of it, in order) instead.
+        transform: by default the size of the recipe's first crop after a resize to 256/224 of it
+            (none for CIFAR and STL-10).
+        rank: this process; it takes every ``world_size``-th image.
+        world_size: number of processes.
+        device_id: GPU of this process for ``dali.device=gpu``.
+
+    Returns:
+        Iterable of ``(images, targets)``, or None without ``data.val_path``.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: as :func:`pretrain_loader`.
+    """
+    key = "data.train_path" if train else "data.val_path"
+    root = _get(cfg, key)
+    if root is None:
+        return None
+    dataset = _choice(cfg, "data.dataset", FOLDER_DATASETS + TORCHVISION_DATASETS)
+    data_format = _choice(cfg, "data.format", FORMATS, "image_folder")
+    batch_size, num_workers = (
+        int(_get(cfg, "optimizer.batch_size", 64)),
+        int(_get(cfg, "data.num_workers", 4)),
+    )
+    if transform is None:
+        transform = _default_center_crop(
+            parse_recipe(_get(cfg, "augmentations", ()), dataset=dataset), dataset
+        )
+
+    if dataset in TORCHVISION_DATASETS:
+        source: ImageSource = TorchvisionSource(dataset, root, train=train)
+    else:
+        images = list_images(
+            root, labelled=not (train and _get(cfg, "data.no_labels", False)), key=key
+        )
+        images = images.subset(np.arange(rank, len(images), world_size))
+        if data_format == "dali":
+            from dinovmf_plugin.data.dali import DALIEvaluationLoader
+
+            return DALIEvaluationLoader(
+                images,
+                transform=transform,
+                batch_size=batch_size,
+                device=str(_get(cfg, "dali.device", "gpu")),
+                device_id=device_id,
+                num_threads=num_workers,
+            )
+        source = FolderSource(images)
+    return evaluation_loader(
+        source, transform=transform, batch_size=batch_size, num_workers=num_workers
+    )
