@@ -59,18 +59,18 @@ def _probability_vmf(s, tau, bias, c):
 
 
 CASES = {
-    "logit": (LogitCentering(K, 0.9), False, _logit),
-    "logit_vmf": (LogitCentering(K, 0.9), True, _logit_vmf),
-    "logit_vmf_raw": (LogitCentering(K, 0.9, raw_scores=True), True, _logit_vmf_raw),
-    "probability": (ProbabilityCentering(K, 0.9), False, _probability),
-    "probability_vmf": (ProbabilityCentering(K, 0.9), True, _probability_vmf),
+    "logit": (lambda: LogitCentering(K, 0.9), False, _logit),
+    "logit_vmf": (lambda: LogitCentering(K, 0.9), True, _logit_vmf),
+    "logit_vmf_raw": (lambda: LogitCentering(K, 0.9, raw_scores=True), True, _logit_vmf_raw),
+    "probability": (lambda: ProbabilityCentering(K, 0.9), False, _probability),
+    "probability_vmf": (lambda: ProbabilityCentering(K, 0.9), True, _probability_vmf),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_targets_and_centre__three_steps__equal_the_equations(case):
-    centering, with_bias, equations = CASES[case]
-    centering.center.zero_()
+    make, with_bias, equations = CASES[case]
+    centering = make()
     scores, bias = _batches()
     c = np.zeros(K)
     moved = []
@@ -79,7 +79,6 @@ def test_targets_and_centre__three_steps__equal_the_equations(case):
         targets = centering(s, tau, bias if with_bias else None)
         expected, batch_center = equations(s.double().numpy(), tau, bias.double().numpy(), c)
         np.testing.assert_allclose(targets.numpy(), expected, rtol=2e-4, atol=1e-7)
-        assert torch.equal(centering.center, torch.tensor(c)[None].float()) or moved
         centering.update(s, tau, bias if with_bias else None)
         c = 0.9 * c + 0.1 * batch_center
         np.testing.assert_allclose(centering.center.numpy()[0], c, rtol=1e-5, atol=1e-6)
@@ -163,11 +162,7 @@ def test_module_cast__centre_stays_float32(cast):
     wrapper = torch.nn.Sequential(torch.nn.Linear(2, 2), LogitCentering(K))
     wrapper[1].center.fill_(1 / 3)
     getattr(wrapper, cast)()
-    assert (
-        wrapper[0].weight.dtype == getattr(torch, "float16" if cast == "half" else cast.strip())
-        if cast != "double"
-        else True
-    )
+    assert wrapper[0].weight.dtype == getattr(torch, cast)
     assert wrapper[1].center.dtype == torch.float32
     assert torch.equal(wrapper[1].center, torch.full((1, K), 1 / 3))
     assert "1.center" in wrapper.state_dict()
