@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinovmf_plugin import backbones
 
-__all__ = ["ViTShape", "build_vit", "infer_shape", "resize_position_embedding"]
+__all__ = ["ViTShape", "build_vit", "infer_shape", "known_heads", "resize_position_embedding"]
 
 # width -> (name, heads) of the field's standard sizes; solo-learn calls them vit_tiny .. vit_large
 _STANDARD = {
@@ -108,12 +108,22 @@ def _select(config: Mapping[str, Any], *path: str) -> Any:
     return value
 
 
-def _heads(
-    embed_dim: int, config: Mapping[str, Any], model_name: str | None, num_heads: int | None
-) -> tuple[int, str]:
+def known_heads(embed_dim: int, config: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Attention heads that the file's config or the field's standard sizes tell, and which."""
     stored = _select(config, "backbone", "kwargs", "num_heads") or _select(
         config, "model_args", "num_heads"
     )
+    if isinstance(stored, int):
+        return stored, "the file's config"
+    if embed_dim in _STANDARD:
+        return _STANDARD[embed_dim][1], "the standard size"
+    return None
+
+
+def _heads(
+    embed_dim: int, config: Mapping[str, Any], model_name: str | None, num_heads: int | None
+) -> tuple[int, str]:
+    known = known_heads(embed_dim, config)
     if num_heads is not None:
         heads, origin = num_heads, "num_heads"
     elif model_name is not None:
@@ -127,10 +137,8 @@ def _heads(
                 f"{embed_dim}"
             )
         heads, origin = _STANDARD[embed_dim][1], "model_name"
-    elif isinstance(stored, int):
-        heads, origin = stored, "the file's config"
-    elif embed_dim in _STANDARD:
-        heads, origin = _STANDARD[embed_dim][1], "the standard size"
+    elif known is not None:
+        heads, origin = known
     elif embed_dim % 64 == 0:
         heads, origin = embed_dim // 64, "width / 64"
     else:
@@ -202,11 +210,16 @@ def infer_shape(
         )
     embed_dim = conv.shape[0]
     patch_size = (conv.shape[2], conv.shape[3])
-    numbers = [int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))]
+    numbers = {int(m[1]) for name in tensors if (m := re.match(r"blocks\.(\d+)\.", name))}
+    if numbers != set(range(len(numbers))):
+        raise ValueError(
+            f"the file has {len(numbers)} blocks, which are not numbered 0 to {len(numbers) - 1}: some "
+            "are missing"
+        )
     heads, heads_from = _heads(embed_dim, config, model_name, num_heads)
     return ViTShape(
         embed_dim=embed_dim,
-        depth=max(numbers) + 1,
+        depth=len(numbers),
         num_heads=heads,
         mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         patch_size=patch_size,

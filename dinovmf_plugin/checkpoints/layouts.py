@@ -13,11 +13,10 @@ from torch import Tensor
 
 from dinovmf_plugin.checkpoints.reading import read_file, resolve_file
 
-__all__ = ["SOURCES", "Source", "StoredWeights", "Which", "read_weights"]
+__all__ = ["Source", "StoredWeights", "Which", "read_weights"]
 
 Which = Literal["teacher", "student"]
 Source = Literal["dinovmf_plugin", "solo", "dino", "ibot", "msn", "timm"]
-SOURCES: tuple[str, ...] = get_args(Source)
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,8 @@ def _bare(path: Path, content: dict[str, Any]) -> StoredWeights:
         k: v for k, v in tensors.items() if k.removeprefix("head.") not in head
     }
     config = config if isinstance(config, dict) else {}
-    which = str(config.get("dinovmf_plugin", {}).get("which", "unnamed"))
+    own = config.get("dinovmf_plugin")
+    which = str(own.get("which", "unnamed")) if isinstance(own, Mapping) else "unnamed"
     return StoredWeights(path, "timm", which, _backbone_names(backbone), _head_names(head), config)
 
 

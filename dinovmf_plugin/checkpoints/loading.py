@@ -16,6 +16,7 @@ from dinovmf_plugin.checkpoints.architecture import (
     ViTShape,
     build_vit,
     infer_shape,
+    known_heads,
     resize_position_embedding,
 )
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
@@ -196,10 +197,15 @@ def initialize_from(
         )
     stored = read_weights(path, which)
     heads = int(backbone.blocks[0].attn.num_heads)  # type: ignore[union-attr, index]
+    known = known_heads(int(backbone.embed_dim), stored.config)  # type: ignore[arg-type]
+    if known is not None and known[0] != heads:
+        raise ValueError(
+            f"init_from={path} has {known[0]} attention heads (from {known[1]}), but the backbone has "
+            f"{heads}"
+        )
     source, source_report, _ = backbone_from(stored, num_heads=heads)
-    tensors = dict(source.state_dict())
-    for name in source_report.missing:
-        del tensors[name]
+    state = source.state_dict()
+    tensors = {name: state[name] for name in source_report.matched}
     old = tuple(source.patch_embed.grid_size)
     new = tuple(backbone.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
     if old != new:

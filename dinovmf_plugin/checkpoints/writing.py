@@ -126,7 +126,7 @@ def timm_config(
     }
     previous = stored.config.get("dinovmf_plugin")
     if stored.source == "timm" and isinstance(previous, Mapping):
-        own = {**previous, "version": __version__}
+        own |= {**previous, "version": __version__}
     if head is not None:
         own["head"] = asdict(head)
     return {

@@ -73,8 +73,26 @@ def test_initialize_from_refuses_other_networks(original, tmp_path):
     with pytest.raises(ValueError, match=r"was refused: only .* of the backbone's tensors match"):
         initialize_from(vit, None, path)
     torch.testing.assert_close(vit.pos_embed.data, before, rtol=0, atol=0)
+    wide = VisionTransformer(embed_dim=192, depth=1, num_heads=3, num_classes=0)
+    twelve = VisionTransformer(embed_dim=192, depth=1, num_heads=12, num_classes=0)
+    with pytest.raises(ValueError, match="has 3 attention heads .*, but the backbone has 12"):
+        initialize_from(twelve, None, save(tmp_path, wide.state_dict()))
     with pytest.raises(ValueError, match="cannot fill a Linear"):
         initialize_from(torch.nn.Linear(2, 2), None, path)
+
+
+def test_initialize_from_leaves_what_the_file_lacks(original, tmp_path):
+    state = original.shake(original.ViT(depth=4), 1).state_dict()
+    del state["blocks.1.mlp.fc1.bias"]
+    state["blocks.3.mlp.fc1.bias"] = torch.zeros(3)
+    vit = small_vit(depth=4)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    with pytest.warns(UserWarning, match="not every tensor was loaded"):
+        report = initialize_from(vit, None, save(tmp_path, state))
+    assert len(report.matched) == len(state) - 1
+    after = vit.state_dict()
+    unchanged = {name for name in after if torch.equal(before[name], after[name])}
+    assert unchanged == {"blocks.1.mlp.fc1.bias", "blocks.3.mlp.fc1.bias"}
 
 
 # --- real training runs ----------------------------------------------------------------------
@@ -83,11 +101,13 @@ def test_initialize_from_refuses_other_networks(original, tmp_path):
 @torch.no_grad()
 def equal_features(vit, module, which, size=32):
     images = torch.randn(2, 3, size, size)
-    source = module.momentum_backbone if which == "teacher" else module.backbone
+    prefix = "momentum_" if which == "teacher" else ""
+    name = "backbone" if hasattr(module, "backbone") else "encoder"  # solo-learn up to 1.0.2
+    source = getattr(module, prefix + name)
     torch.testing.assert_close(vit(images), source.eval()(images), **TOLERANCE)
 
 
-def test_a_training_checkpoint_can_be_read_imported_and_continued(
+def test_a_real_training_checkpoint(
     tiny_cfg, crop_loader, build, fit, tmp_path
 ):
     module = build(tiny_cfg("dino_vmf", **{"momentum.base_tau": 0.5}))

@@ -147,6 +147,12 @@ def test_the_number_of_heads_is_never_guessed_silently(original, tmp_path):
     assert "2 heads from width / 64" in report.model_name
 
 
+def test_a_missing_block_is_refused(original, tmp_path):
+    state = {k.replace("blocks.1.", "blocks.9."): v for k, v in original.ViT().state_dict().items()}
+    with pytest.raises(ValueError, match="has 2 blocks, which are not numbered 0 to 1"):
+        load_backbone(save(tmp_path, state), num_heads=2)
+
+
 def test_other_networks_are_refused(tmp_path):
     state = {f"{p}backbone.conv1.weight": torch.zeros(8, 3, 7, 7) for p in ("", "momentum_")}
     path = save(tmp_path, {"state_dict": state})

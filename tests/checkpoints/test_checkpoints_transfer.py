@@ -186,6 +186,16 @@ def test_import_checks_the_layout_it_was_promised(original, ckpt, tmp_path, caps
                 assert error.count("\n") == 1
 
 
+def test_an_incomplete_backbone_is_not_written(original, tmp_path, capsys):
+    state = original.ViT(depth=4).state_dict()
+    del state["norm.bias"]
+    path = save(tmp_path, state)
+    with pytest.warns(UserWarning, match="not every tensor"):
+        assert command("export", path, "--output", tmp_path / "e", "--num-heads", 2) == 2
+    assert "not written: the backbone is incomplete" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()
+
+
 def test_bad_commands_end_in_one_line(original, ckpt, tmp_path, capsys):
     def fails(*arguments):
         assert command(*arguments) == 2
