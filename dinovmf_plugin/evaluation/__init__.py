@@ -1,0 +1,1 @@
+"""The paper's evaluations: functional cores (tensors in, numbers out) and thin runners."""
