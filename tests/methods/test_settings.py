@@ -1,0 +1,158 @@
+"""Bad values in a config: one sentence that names the key, the value and what would be right."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinovmf_plugin.methods.settings import DINOSettings, read_settings
+
+
+def _read(**kwargs) -> DINOSettings:
+    return read_settings(DINOSettings, OmegaConf.create(kwargs))
+
+
+def test_defaults__are_dinos():
+    settings = _read()
+    assert settings == DINOSettings()
+    assert (settings.normalization, settings.centering) == ("none", "logit")
+    assert (settings.student_temperature, settings.num_prototypes) == (0.1, 65536)
+
+
+def test_values__converted_to_the_declared_types():
+    settings = _read(num_prototypes="64", clip_grad=3, final_weight_decay=0, stop_on_collapse="yes")
+    assert settings.num_prototypes == 64
+    assert isinstance(settings.clip_grad, float)
+    assert settings.final_weight_decay == 0.0
+    assert settings.stop_on_collapse is True
+
+
+BAD_VALUES = {
+    "normalization": ("cosine", ["'cosine'", "none, l2, vmf"]),
+    "centering": ("mean", ["'mean'", "logit, probability, sinkhorn"]),
+    "init_which": ("both", ["'both'", "teacher, student"]),
+    "proj_hidden_dim": (0, ["=0 ", "[1,"]),
+    "proj_output_dim": (0, ["=0 ", "[1,"]),
+    "num_prototypes": (-5, ["=-5 ", "[1,"]),
+    "proj_num_layers": (0, ["=0 ", "[1,"]),
+    "sinkhorn_iterations": (0, ["=0 ", "[1,"]),
+    "monitor_every": (0, ["=0 ", "[1,"]),
+    "warmup_teacher_temperature_epochs": (-1, ["=-1 ", "[0,"]),
+    "clip_grad": (-0.3, ["=-0.3 ", "[0,"]),
+    "freeze_last_layer": (-1, ["=-1 ", "[0,"]),
+    "prototype_spread": (-1.0, ["=-1.0 ", "[0,"]),
+    "normalizer_order": (3, ["=3 ", "[0, 2]"]),
+    "center_momentum": (1.0, ["=1.0 ", "[0,", "0.9"]),
+    "final_weight_decay": (-0.1, ["=-0.1 ", "[0,"]),
+    "student_temperature": (0.0, ["=0.0 ", "greater than 0"]),
+    "teacher_temperature": (float("nan"), ["=nan ", "greater than 0"]),
+    "warmup_teacher_temperature": (-0.04, ["=-0.04 ", "greater than 0"]),
+}
+
+
+@pytest.mark.parametrize("key", BAD_VALUES)
+def test_bad_value__named(key):
+    value, words = BAD_VALUES[key]
+    with pytest.raises(ValueError) as caught:
+        _read(**{key: value})
+    message = str(caught.value)
+    assert f"method_kwargs.{key}" in message
+    for word in words:
+        assert word in message, message
+    assert "\n" not in message
+
+
+WRONG_TYPES = {
+    "num_prototypes": "many",
+    "clip_grad": "strong",
+    "use_bn_in_head": "perhaps",
+    "normalization": None,
+    "center_momentum": [0.9],
+    "freeze_last_layer": 1.5,
+}
+
+
+@pytest.mark.parametrize("key", WRONG_TYPES)
+def test_wrong_type__named(key):
+    with pytest.raises(ValueError) as caught:
+        _read(**{key: WRONG_TYPES[key]})
+    message = str(caught.value)
+    assert f"method_kwargs.{key}" in message
+    assert str(WRONG_TYPES[key]) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("normalisation", "normalization"),
+        ("centring", "centering"),
+        ("num_prototype", "num_prototypes"),
+        ("studnt_temperature", "student_temperature"),
+    ],
+)
+def test_unknown_key__did_you_mean(key, suggestion):
+    with pytest.raises(ValueError, match=rf"method_kwargs\.{key} .*did you mean {suggestion}\?"):
+        _read(**{key: 1})
+
+
+def test_unknown_key_like_no_other__known_keys_listed():
+    with pytest.raises(ValueError, match=r"method_kwargs\.xyzzy .*known keys are .*num_prototypes"):
+        _read(xyzzy=1)
+
+
+@pytest.mark.parametrize("key", ["teacher_temperature", "warmup_teacher_temperature"])
+@pytest.mark.parametrize("value", [0.1, 0.3])
+def test_teacher_not_sharper_than_the_student__refused(key, value):
+    with pytest.raises(
+        ValueError, match=rf"{key}={value} must be lower than student_temperature=0.1"
+    ):
+        _read(**{key: value})
+
+
+def test_vmf_with_two_dimensions__refused():
+    with pytest.raises(ValueError, match=r"proj_output_dim=2 .*normalization=vmf: at least 3"):
+        _read(normalization="vmf", proj_output_dim=2)
+    assert _read(normalization="vmf", proj_output_dim=3).proj_output_dim == 3
+    assert _read(normalization="l2", proj_output_dim=2).proj_output_dim == 2
+
+
+# ---- outside method_kwargs: the whole method refuses before it builds a network ------------------
+
+BAD_CONFIGS = [
+    ("scheduler.name", "step", ["scheduler.name='step'", "dino_vmf", "warmup_cosine or none"]),
+    ("optimizer.name", "sgdw", ["optimizer.name='sgdw'", "adamw"]),
+    ("momentum.base_tau", 1.2, ["momentum.base_tau=1.2", "[0, 1]"]),
+    ("momentum.base_tau", -0.1, ["momentum.base_tau=-0.1", "[0, 1]"]),
+    ("momentum.final_tau", 0.5, ["momentum.final_tau=0.5", "[0.99, 1]"]),
+    ("scheduler.warmup_epochs", 3, ["scheduler.warmup_epochs=3", "[0, 2]"]),
+    ("momentum.classifier", True, ["momentum.classifier=True", "main_linear"]),
+    ("method_kwargs.teacher_temperature", 0.2, ["teacher_temperature=0.2", "student"]),
+    ("method_kwargs.normalisation", "l2", ["normalisation", "did you mean normalization?"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), BAD_CONFIGS)
+def test_method__bad_config__named_before_anything_is_built(tiny_cfg, build, key, value, words):
+    cfg = tiny_cfg(**{key: value, "backbone.kwargs.img_size": "not built"})
+    with pytest.raises(ValueError) as caught:
+        build(cfg)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_method__choices_named(tiny_cfg, build):
+    with pytest.raises(ValueError, match=r"method='dino_vfm' is unknown: choose one of .*dino_vmf"):
+        build(tiny_cfg("dino_vfm"))
+
+
+def test_method__resolved_settings_are_written_back(tiny_cfg, build):
+    """The config that a checkpoint carries must say everything, also what was a default."""
+    module = build(tiny_cfg("dino_vmf"))
+    kwargs = OmegaConf.to_container(module.cfg.method_kwargs)
+    assert set(kwargs) == {field.name for field in dataclasses.fields(DINOSettings)}
+    assert kwargs["normalization"] == "vmf"
+    assert kwargs["centering"] == "probability"
+    assert read_settings(DINOSettings, OmegaConf.create(kwargs)) == module.settings
