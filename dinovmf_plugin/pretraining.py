@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar  # noqa: F401
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import host, registry
-from dinovmf_plugin.data.module import check_data, evaluation_loader, pretrain_loader
-from dinovmf_plugin.host.checkpointer import Checkpointer, find_checkpoint, run_identity
+from dinovmf_plugin.data.module import pretrain_loader, validation_loader
+from dinovmf_plugin.host.checkpointer import Checkpointer, choose_folder, find_checkpoint
 from dinovmf_plugin.host.config import parse_cfg
 
 __all__ = ["PretrainDataModule", "build_method", "build_trainer", "pretrain"]
@@ -26,22 +27,23 @@ class PretrainDataModule(LightningDataModule):
         super().__init__()
         self.cfg = cfg
 
+    def _place(self) -> dict[str, int]:
+        assert self.trainer is not None
+        return {
+            "rank": self.trainer.global_rank,
+            "world_size": self.trainer.world_size,
+            "device_id": self.trainer.local_rank,
+        }
+
     def train_dataloader(self) -> Any:
         """This rank's share of the crops."""
-        trainer = self.trainer
-        assert trainer is not None
-        return pretrain_loader(
-            self.cfg,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            seed=int(self.cfg.seed),
-        )
+        return pretrain_loader(self.cfg, **self._place())
 
     def val_dataloader(self) -> Any:
         """Centre crops for the online classifier and kNN; nothing without labels."""
         if self.cfg.data.val_path is None or self.cfg.data.no_labels:
             return []
-        return evaluation_loader(self.cfg)
+        return validation_loader(self.cfg, **self._place())
 
 
 def build_method(cfg: DictConfig) -> Any:
@@ -60,7 +62,7 @@ def build_method(cfg: DictConfig) -> Any:
 
 
 def _logger(cfg: DictConfig) -> Logger:
-    folder = Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{run_identity(cfg)}"
+    folder = Path(cfg.checkpoint.folder)
     if not cfg.wandb.enabled:
         return CSVLogger(folder, name="", version="metrics")
     from lightning.pytorch.loggers import WandbLogger
@@ -69,20 +71,20 @@ def _logger(cfg: DictConfig) -> Logger:
     return WandbLogger(name=cfg.name, save_dir=str(folder), **options)
 
 
-def build_trainer(cfg: DictConfig, **overrides: Any) -> Trainer:
+def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
     """A Lightning Trainer from the config's own keys (those that ``Trainer`` knows)."""
     known = inspect.signature(Trainer.__init__).parameters
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     kwargs = {name: plain[name] for name in known if name in plain}
+    progress = cfg.get("enable_progress_bar", True)
     kwargs.update(
         logger=_logger(cfg),
-        callbacks=[TQDMProgressBar(refresh_rate=1)] if cfg.get("enable_progress_bar", True) else [],
+        callbacks=[*callbacks, *([TQDMProgressBar()] if progress else [])],
         enable_checkpointing=False,
         use_distributed_sampler=False,
         log_every_n_steps=cfg.get("log_every_n_steps", 10),
         num_sanity_val_steps=0,
     )
-    kwargs.update(overrides)
     return Trainer(**kwargs)
 
 
@@ -100,11 +102,12 @@ def _resume_path(cfg: DictConfig) -> str | None:
     return None
 
 
-def pretrain(cfg: DictConfig) -> Path | None:
+def pretrain(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Path | None:
     """Check the config and the data, then train.
 
     Args:
-        cfg: a recipe as ``configs/`` has them (the format of solo-learn main).
+        cfg: a recipe as ``configs/`` has them (the format of solo-learn main); changed in place.
+        callbacks: further Lightning callbacks.
 
     Returns:
         The final checkpoint, or None if ``checkpoint.enabled`` is false.
@@ -113,11 +116,11 @@ def pretrain(cfg: DictConfig) -> Path | None:
         ValueError, FileNotFoundError: for anything wrong in the config or the data, before training.
     """
     cfg = parse_cfg(cfg)
-    seed_everything(cfg.seed, verbose=False)
-    check_data(cfg)
     resume = _resume_path(cfg)
+    cfg.checkpoint.folder = str(choose_folder(cfg, resume))
+    seed_everything(cfg.seed, verbose=False)
     model = build_method(cfg)
-    trainer = build_trainer(cfg)
+    trainer = build_trainer(cfg, callbacks)
     if cfg.method not in registry.method_classes() and cfg.checkpoint.enabled:
         trainer.callbacks.append(Checkpointer(cfg))  # type: ignore[attr-defined]
     trainer.fit(model, datamodule=PretrainDataModule(cfg), ckpt_path=resume, weights_only=True)

@@ -44,7 +44,8 @@ class MixtureMonitor(Callback):
     Args:
         every_n_steps: optimiser steps between records.
         history_path: file to append every record and alarm to, one JSON object a line (a value that is
-            not finite is null); None for no file. Written by rank 0.
+            not finite is null); None for no file. Written by rank 0; a relative path starts at the
+            run's folder (``pl_module.run_folder``).
         stop_on_collapse: whether a collapse (uniform, or to one component) ends the training.
         stop_on_void_set: whether a forming void set ends it; plain DINO trains on with one.
         patience: records in a row that must show a collapse.
@@ -89,6 +90,7 @@ class MixtureMonitor(Callback):
         self.watch = CollapseWatch(teacher.num_prototypes, self.patience)
         self.watch.streaks.update(self._streaks)
         if self.history_path is not None and trainer.is_global_zero:
+            self.history_path = Path(getattr(pl_module, "run_folder", ".")) / self.history_path
             self.history_path.parent.mkdir(parents=True, exist_ok=True)
             self._write("start", trainer, {"num_prototypes": teacher.num_prototypes})
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.host import GENERATION
 
-__all__ = ["Checkpointer", "find_checkpoint", "is_whole", "run_identity"]
+__all__ = ["Checkpointer", "choose_folder", "find_checkpoint", "is_whole", "run_identity"]
 
 if GENERATION == "main":
     # Lightning lets a model's callback replace the Trainer's only if it is a subclass of it
@@ -80,6 +80,22 @@ def _folder(cfg: DictConfig) -> Path:
     return Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{run_identity(cfg)}"
 
 
+def choose_folder(cfg: DictConfig, resume_from: str | Path | None) -> Path:
+    """The run's folder: the resumed run's own, or one that holds no checkpoint yet.
+
+    ``<dir>/<method>/<name>-<identity>``, with ``-2``, ``-3`` ... appended for a repeated fresh start.
+    """
+    if resume_from is not None:
+        folder = Path(resume_from).parent
+        return folder.parent if folder.name == "previous" else folder
+    base = folder = _folder(cfg)
+    number = 2
+    while any(folder.glob("**/*.ckpt")):
+        folder = base.with_name(f"{base.name}-{number}")
+        number += 1
+    return folder
+
+
 def find_checkpoint(cfg: DictConfig) -> Path | None:
     """The newest whole checkpoint of exactly this run, or None.
 
@@ -112,16 +128,16 @@ class Checkpointer(_HostCheckpointer):
         self.path = _folder(cfg)
         self.last_ckpt: Path | None = None
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Choose the folder; ``pl_module.run_folder`` tells it to the other callbacks."""
+        given = self.cfg.checkpoint.get("folder")
+        path = given or choose_folder(self.cfg, trainer.ckpt_path)
+        self.path = Path(trainer.strategy.broadcast(str(path)))
+        pl_module.run_folder = self.path
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Choose the folder and write ``args.json``; a fresh start never reuses a used folder."""
-        resumed = trainer.ckpt_path is not None
-        base, number = self.path, 2
-        if not resumed:
-            while list(self.path.glob("**/*.ckpt")):
-                self.path = base.with_name(f"{base.name}-{number}")
-                number += 1
-        self.path = Path(trainer.strategy.broadcast(str(self.path)))
-        if resumed:
+        """Write ``args.json`` and clear away what an interrupted write left."""
+        if trainer.ckpt_path is not None:
             whole = [p for p in self.path.glob("*.ckpt") if is_whole(p)]
             self.last_ckpt = max(whole, key=_epoch_of, default=None)
         if trainer.is_global_zero:

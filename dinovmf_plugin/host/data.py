@@ -51,7 +51,7 @@ def patch_data() -> None:
             module.cfg,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
-            seed=int(module.cfg.seed),
+            device_id=self.trainer.local_rank,
         )
 
     cls.setup = setup

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -160,7 +161,7 @@ class SelfDistillation(BaseMomentumMethod):
             self.settings.init_from,
             which=self.settings.init_which,
         )
-        self.print(f"method_kwargs.init_from: {report}")
+        rank_zero_info(f"method_kwargs.init_from: {report}")
         self.momentum_backbone.load_state_dict(self.backbone.state_dict())
         self.initialize_teacher()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -16,19 +15,17 @@ __all__ = ["method_callbacks"]
 def method_callbacks(cfg: DictConfig, settings: Any) -> list[Callback]:
     """The checkpointer, if ``checkpoint.enabled``, and the monitor, if ``method_kwargs.monitor``."""
     callbacks: list[Callback] = []
-    checkpointer = None
     if OmegaConf.select(cfg, "checkpoint.enabled", default=False):
-        checkpointer = Checkpointer(cfg)
-        callbacks.append(checkpointer)
+        callbacks.append(Checkpointer(cfg))
     if settings.monitor:
         from dinovmf_plugin.analysis.callback import MixtureMonitor
 
-        folder = Path(checkpointer.path) if checkpointer else None
+        history = "monitor.jsonl" if callbacks else None  # in the run's folder
         callbacks.append(
             MixtureMonitor(
                 every_n_steps=settings.monitor_every,
                 stop_on_collapse=settings.stop_on_collapse,
-                history_path=folder / "monitor.jsonl" if folder else None,
+                history_path=history,
             )
         )
     return callbacks
