@@ -10,8 +10,17 @@ __all__ = ["method_classes", "register"]
 def method_classes() -> dict[str, type[Any]]:
     """The plugin's methods by the name that a config selects."""
     from dinovmf_plugin.methods.dino import DINOMultiCrop, DINOvMF
+    from dinovmf_plugin.methods.ibot import IBOT, IBOTvMF
+    from dinovmf_plugin.methods.msn import MSN, MSNvMF
 
-    return {"dino_multicrop": DINOMultiCrop, "dino_vmf": DINOvMF}
+    return {
+        "dino_multicrop": DINOMultiCrop,
+        "dino_vmf": DINOvMF,
+        "ibot": IBOT,
+        "ibot_vmf": IBOTvMF,
+        "msn": MSN,
+        "msn_vmf": MSNvMF,
+    }
 
 
 def register() -> list[str]:

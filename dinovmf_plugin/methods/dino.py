@@ -107,13 +107,19 @@ class DINOMultiCrop(SelfDistillation):
             forward_by_size(lambda x: self.pooled(self.momentum_backbone, x), crops)
         )
         embeddings = self.momentum_head(features)
+        targets = self.cls_targets(embeddings)
+        return targets.unflatten(0, (len(crops), -1)), embeddings, features
+
+    @torch.no_grad()
+    def cls_targets(self, embeddings: Tensor) -> Tensor:
+        """Targets ``(rows, K)`` of the teacher's embeddings ``(rows, p)``; then moves the centre."""
         prototypes = self.momentum_head.last_layer
         temperature = self.teacher_temperature()
         scores = prototypes.scores(embeddings)
         log_normalizer = prototypes.log_normalizer(temperature)
         targets = self.centering(scores, temperature, log_normalizer)
         self.centering.update(scores, temperature, log_normalizer)
-        return targets.unflatten(0, (len(crops), -1)), embeddings, features
+        return targets
 
     def distillation_loss(self, crops: list[Tensor]) -> DistillationOutput:
         """DINO's loss over all pairs of one global teacher view and another student view."""

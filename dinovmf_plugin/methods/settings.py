@@ -13,7 +13,14 @@ from omegaconf.errors import ConfigKeyError, ConfigTypeError, ValidationError
 from dinovmf_plugin.centering import CENTERINGS
 from dinovmf_plugin.prototypes import NORMALIZATIONS
 
-__all__ = ["DINOSettings", "MethodSettings", "check_choice", "check_range", "read_settings"]
+__all__ = [
+    "DINOSettings",
+    "MethodSettings",
+    "check_choice",
+    "check_range",
+    "check_vit",
+    "read_settings",
+]
 
 SettingsT = TypeVar("SettingsT", bound="MethodSettings")
 
@@ -29,6 +36,15 @@ def check_range(key: str, value: float, low: float, high: float, hint: str = "")
     if not low <= value <= high:
         raise ValueError(
             f"{key}={value} must lie in [{low}, {high}]" + (f"; {hint}" if hint else "")
+        )
+
+
+def check_vit(cfg: DictConfig) -> None:
+    """Raise a ValueError unless ``backbone.name`` is one of the host's plain Vision Transformers."""
+    if not cfg.backbone.name.startswith("vit_"):
+        raise ValueError(
+            f"backbone.name={cfg.backbone.name!r} cannot train {cfg.method}, which masks or drops single "
+            "patches: choose vit_tiny, vit_small, vit_base or vit_large"
         )
 
 

@@ -1,0 +1,128 @@
+"""iBOT's masked-image loss: only masked patches have logits, and no tensor holds all patches times K."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dinovmf_plugin import distributed
+from dinovmf_plugin.centering import Centering
+from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
+from dinovmf_plugin.prototypes import Prototypes
+
+__all__ = ["ibot_patch_loss", "masked_token_weights", "patch_targets", "update_patch_center"]
+
+# scores of one chunk of patches: small beside what the masked patches need, large enough to be fast
+_CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+
+def masked_token_weights(masks: Tensor) -> Tensor:
+    """Weight of every masked token: 1 / (masked tokens of its image * number of images).
+
+    The sum over tokens of weight times loss is the mean, over *all* images, of each image's mean over
+    its masked tokens; an image without any adds 0 (iBOT).
+
+    Args:
+        masks: bool ``(N, P)``.
+
+    Returns:
+        float32 ``(M,)`` for the ``M`` true entries, in row-major order.
+
+    Example:
+        >>> masks = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
+        >>> [round(float(w), 4) for w in masked_token_weights(masks)]
+        [0.1667, 0.1667, 0.3333]
+    """
+    share = 1 / (masks.sum(dim=1, keepdim=True).clamp(min=1) * len(masks))
+    return share.expand(masks.shape)[masks]
+
+
+def ibot_patch_loss(
+    student: Tensor, prototypes: Prototypes, targets: Tensor, masks: Tensor, temperature: float
+) -> Tensor:
+    """Masked-image loss (paper A.5): cross-entropy between teacher and student at masked patches.
+
+    With ``M`` masked patches in ``N`` images (all views together), the mean over images of each
+    image's mean over its masked patches. Without a masked patch the loss is 0, still attached to the
+    student, so that every rank has the same graph.
+
+    Args:
+        student: unit vectors ``(M, p)`` of the masked patches, in row-major order of ``masks``.
+        prototypes: the student's prototypes, shared with the CLS token.
+        targets: teacher probabilities ``(M, K)`` of the same patches.
+        masks: bool ``(N, P)``.
+        temperature: the student's ``tau``.
+
+    Returns:
+        Scalar, float32.
+
+    Raises:
+        ValueError: if the numbers of masked patches differ.
+
+    Example:
+        >>> masks = torch.tensor([[True, False], [False, False]])
+        >>> student = torch.nn.functional.normalize(torch.randn(1, 8), dim=-1)
+        >>> ibot_patch_loss(student, Prototypes(8, 4), torch.full((1, 4), 0.25), masks, 0.1).shape
+        torch.Size([])
+    """
+    if len(student) != len(targets):
+        raise ValueError(
+            f"{len(student)} student and {len(targets)} teacher patches: both must be the masked ones"
+        )
+    if len(student) == 0:
+        return student.float().sum()
+    return prototype_cross_entropy(
+        student,
+        prototypes.weight_v,
+        targets,
+        temperature=temperature,
+        magnitude=prototypes.weight_g.squeeze(-1),
+        bias=prototypes.log_normalizer(temperature),
+        pair_weights=student.new_ones(1, 1, dtype=torch.float32),
+        row_weights=masked_token_weights(masks),
+    )
+
+
+def _chunks(prototypes: Prototypes, embeddings: Tensor) -> Iterator[Tensor]:
+    numbers = _CHUNK_NUMBERS.get(embeddings.device.type, _CHUNK_NUMBERS["cuda"])
+    rows = max(numbers // prototypes.num_prototypes, 1)
+    return (prototypes.scores(chunk) for chunk in embeddings.split(rows))
+
+
+@torch.no_grad()
+def patch_targets(
+    centering: Centering, prototypes: Prototypes, embeddings: Tensor, temperature: float
+) -> Tensor:
+    """Targets ``(M, K)`` of the teacher's masked patches ``(M, p)``.
+
+    With ``centering=sinkhorn`` the masked patches of all ranks are one assignment (DINOv2).
+    """
+    return centering(
+        prototypes.scores(embeddings), temperature, prototypes.log_normalizer(temperature)
+    )
+
+
+@torch.no_grad()
+def update_patch_center(
+    centering: Centering, prototypes: Prototypes, embeddings: Tensor, temperature: float
+) -> None:
+    """Move the patches' centre, which sees *all* patches, masked or not.
+
+    In logit space the centre of the batch is the score of the mean embedding, one row. In probability
+    space the softmax stands between: the scores are made and reduced in chunks of patches.
+
+    Args:
+        centering: the patches' own centring.
+        prototypes: the teacher's.
+        embeddings: unit vectors of all patches of the global views ``(rows, p)``.
+        temperature: the teacher's temperature for patches.
+
+    Differs from upstream: iBOT forms the logits of all patches; the value is the same.
+    """
+    if centering.linear:
+        scores = iter([prototypes.scores(distributed.mean_over_rows(embeddings.float()))])
+    else:
+        scores = _chunks(prototypes, embeddings)
+    centering.update(scores, temperature, prototypes.log_normalizer(temperature))

@@ -1,0 +1,227 @@
+"""iBOT and iBOT-vMF: DINO on the CLS token and masked image modelling on patches, one set of prototypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from dinovmf_plugin import backbones, schedules
+from dinovmf_plugin.centering import make_centering
+from dinovmf_plugin.losses.dino import dino_loss
+from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_patch_center
+from dinovmf_plugin.masking import MaskSampler
+from dinovmf_plugin.methods.base import DistillationOutput, forward_by_size
+from dinovmf_plugin.methods.dino import DINOMultiCrop
+from dinovmf_plugin.methods.records import StepRecord
+from dinovmf_plugin.methods.settings import DINOSettings, check_range, check_vit
+
+__all__ = ["IBOT", "IBOTSettings", "IBOTvMF"]
+
+_HEAD_ROWS = 4096  # teacher patches that pass the head at once
+
+
+@dataclass
+class IBOTSettings(DINOSettings):
+    """``method_kwargs`` of ``ibot`` and ``ibot_vmf``: DINO's, and those of the patches.
+
+    ``num_prototypes``, the head and ``student_temperature`` serve CLS and patches alike;
+    ``warmup_teacher_temperature_epochs`` is the length of both warm-ups.
+    """
+
+    num_prototypes: int = 8192
+    # teacher of the patches
+    teacher_patch_temperature: float = 0.07
+    warmup_teacher_patch_temperature: float = 0.04
+    patch_center_momentum: float = 0.9
+    # loss = lambda1 CLS + lambda2 patches
+    lambda1: float = 1.0
+    lambda2: float = 1.0
+    # masks (see masking.MaskSampler)
+    pred_ratio: list[float] = field(default_factory=lambda: [0.0, 0.3])
+    pred_ratio_var: list[float] = field(default_factory=lambda: [0.0, 0.2])
+    pred_shape: str = "block"
+    pred_start_epoch: int = 0
+
+    def validate(self) -> None:
+        """Raise a ValueError for the first value that cannot work, naming its key."""
+        super().validate()
+        for key in ("lambda1", "lambda2", "pred_start_epoch"):
+            check_range(f"method_kwargs.{key}", getattr(self, key), 0, float("inf"))
+        check_range(
+            "method_kwargs.patch_center_momentum",
+            self.patch_center_momentum,
+            0,
+            1 - 1e-9,
+            "iBOT: 0.9",
+        )
+        self.mask_sampler()
+
+    def teacher_temperatures(self) -> dict[str, float]:
+        """All temperatures of the teacher, by key."""
+        return {
+            **super().teacher_temperatures(),
+            "teacher_patch_temperature": self.teacher_patch_temperature,
+            "warmup_teacher_patch_temperature": self.warmup_teacher_patch_temperature,
+        }
+
+    def mask_sampler(self) -> MaskSampler:
+        """What draws the masks."""
+        return MaskSampler(
+            tuple(self.pred_ratio),
+            tuple(self.pred_ratio_var),
+            self.pred_shape,
+            self.pred_start_epoch,
+        )
+
+
+class IBOT(DINOMultiCrop):
+    """iBOT (arXiv 2111.07832) with both switches of the vMF paper.
+
+    The student sees masked global crops and whole local ones, the teacher whole global ones. CLS tokens
+    are DINO (over all pairs of different views, the student's globals masked); masked patches predict the
+    teacher's distribution at the same place of the same view. One head, prototypes included, serves
+    both; each has its centre and its teacher temperature, hence, for vMF, its own concentrations.
+
+    Adds ``mask_token`` (1, 1, D), starting at 0, to the student (decayed, as it is no 1-d tensor), and
+    ``patch_centering`` to the state.
+
+    Differs from upstream: the head is always shared (the published runs' choice); masks are drawn on the
+    device, per batch, from (seed, epoch, batch, rank); only masked patches have logits. With
+    ``use_bn_in_head`` the statistics of the student are those of CLS tokens and *masked* patches.
+    """
+
+    settings_class = IBOTSettings
+
+    def __init__(self, cfg: DictConfig) -> None:
+        super().__init__(cfg)
+        s = self.settings
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.features_dim))
+        self.mask_sampler = s.mask_sampler()
+        self.patch_centering = make_centering(
+            s.centering,
+            s.num_prototypes,
+            momentum=s.patch_center_momentum,
+            raw_scores=s.center_raw_scores,
+            iterations=s.sinkhorn_iterations,
+        )
+
+    @classmethod
+    def check_config(cls, cfg: DictConfig) -> None:
+        """Check what lies outside ``method_kwargs``."""
+        super().check_config(cfg)
+        check_vit(cfg)
+
+    def named_parameter_groups(self) -> dict[str, Any]:
+        """Group name -> named parameters that the optimiser gets."""
+        groups = super().named_parameter_groups()
+        return {**groups, "mask_token": [("mask_token", self.mask_token)]}
+
+    def teacher_patch_temperature(self) -> float:
+        """The teacher's temperature for patches: its warm-up begins when masking does."""
+        s = self.settings
+        return schedules.teacher_temperature(
+            self.current_epoch - s.pred_start_epoch,
+            s.warmup_teacher_patch_temperature,
+            s.teacher_patch_temperature,
+            s.warmup_teacher_temperature_epochs,
+        )
+
+    def draw_masks(self, images: Tensor) -> Tensor:
+        """Masks of this batch's global crops ``(N, 3, H, W)``: bool ``(N, P)``, true where masked."""
+        grid = backbones.patch_grid(self.backbone, *images.shape[-2:])
+        return self.mask_sampler(len(images), *grid, self.step_generator(), self.current_epoch)
+
+    @torch.no_grad()
+    def teacher_tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Teacher's CLS features ``(N, D)``, and embeddings of CLS ``(N, p)`` and patches ``(N * P, p)``."""
+        tokens = backbones.forward_tokens(self.momentum_backbone, images)
+        prefix = tokens.shape[1] - self.num_patches(images)
+        features, patches = tokens[:, 0], tokens[:, prefix:].flatten(0, 1)
+        rows = torch.cat([features, patches])
+        # BatchNorm needs all rows together; otherwise the wide hidden layers are made piece by piece
+        size = len(rows) if self.settings.use_bn_in_head else _HEAD_ROWS
+        embeddings = torch.cat([self.momentum_head(chunk) for chunk in rows.split(size)])
+        return features, embeddings[: len(images)], embeddings[len(images) :]
+
+    def num_patches(self, images: Tensor) -> int:
+        """Patches of one image of this size."""
+        rows, cols = backbones.patch_grid(self.backbone, *images.shape[-2:])
+        return rows * cols
+
+    def student_embeddings(
+        self, images: Tensor, masks: Tensor, local_crops: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Student's CLS features of the globals ``(N, D)``, CLS embeddings of all crops, of masked patches.
+
+        The masked globals are one forward, the local crops one per size, the head one for all rows.
+        """
+        tokens = backbones.forward_tokens(
+            self.backbone, images, masks=masks, mask_token=self.mask_token
+        )
+        features = tokens[:, 0]
+        cls_rows = [features, *forward_by_size(self.student_features, local_crops)]
+        patches = tokens[:, tokens.shape[1] - masks.shape[1] :][masks]
+        embeddings = self.head(torch.cat([*cls_rows, patches]))
+        cls, masked = embeddings.split([len(embeddings) - len(patches), len(patches)])
+        return features, cls, masked
+
+    def distillation_loss(self, crops: list[Tensor]) -> DistillationOutput:
+        """``lambda1`` times DINO's loss on CLS plus ``lambda2`` times the masked-image loss."""
+        s = self.settings
+        views = self.num_large_crops
+        images = torch.cat(crops[:views])
+        masks = self.draw_masks(images)
+
+        teacher_features, teacher_cls, teacher_patches = self.teacher_tokens(images)
+        prototypes, patch_temperature = (
+            self.momentum_head.last_layer,
+            self.teacher_patch_temperature(),
+        )
+        cls_targets = self.cls_targets(teacher_cls)
+        masked_targets = patch_targets(
+            self.patch_centering, prototypes, teacher_patches[masks.flatten()], patch_temperature
+        )
+        update_patch_center(self.patch_centering, prototypes, teacher_patches, patch_temperature)
+
+        features, cls, masked = self.student_embeddings(images, masks, crops[views:])
+        cls = cls.unflatten(0, (len(crops), -1))
+        cls_loss = dino_loss(
+            cls,
+            self.head.last_layer,
+            cls_targets.unflatten(0, (views, -1)),
+            s.student_temperature,
+        )
+        patch_loss = ibot_patch_loss(
+            masked, self.head.last_layer, masked_targets, masks, s.student_temperature
+        )
+        temperature = self.teacher_temperature()
+        self.last_step = StepRecord(  # of CLS: it is what log K and the alarms speak of
+            loss=cls_loss.detach(),
+            targets=cls_targets,
+            student_embeddings=cls.detach(),
+            teacher_embeddings=teacher_cls,
+            teacher_temperature=temperature,
+            student_temperature=s.student_temperature,
+        )
+        scalars: dict[str, float | Tensor] = {
+            "teacher_temperature": temperature,
+            "teacher_patch_temperature": patch_temperature,
+            "train_cls_loss": cls_loss.detach(),
+            "train_patch_loss": patch_loss.detach(),
+            "mask_ratio": masks.float().mean(),
+        }
+        loss = s.lambda1 * cls_loss + s.lambda2 * patch_loss
+        return DistillationOutput(loss, features, teacher_features, scalars)
+
+
+class IBOTvMF(IBOT):
+    """iBOT-vMF: prototypes with vMF normalisation, both centres in probability space (Eqs. 6, 7, 9)."""
+
+    default_settings: ClassVar[dict[str, Any]] = {
+        "normalization": "vmf",
+        "centering": "probability",
+    }
