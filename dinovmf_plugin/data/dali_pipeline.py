@@ -21,6 +21,7 @@ from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.recipe import Crop, Recipe
 
 DEVICES = ("cpu", "gpu")
+FLOAT = types.DALIDataType.FLOAT
 _INTERPOLATION = {
     "bicubic": types.DALIInterpType.INTERP_CUBIC,
     "bilinear": types.DALIInterpType.INTERP_LINEAR,
@@ -80,7 +81,7 @@ def _resize(image: Node, start: Node, end: Node, size: int, interpolation: str) 
 def _normalize(picture: Node, mean: Sequence[float], std: Sequence[float]) -> Node:
     return fn.crop_mirror_normalize(
         picture,
-        dtype=types.DALIDataType.FLOAT,
+        dtype=FLOAT,
         output_layout="CHW",
         mean=[255.0 * value for value in mean],
         std=[255.0 * value for value in std],
@@ -106,26 +107,18 @@ def _crop(image: Node, crop: Crop, inputs: CropInputs, device: str) -> Node:
         if inputs.colored:
             picture = _color(picture, inputs, device)
         else:
-            picture = fn.cast(picture, dtype=types.DALIDataType.FLOAT)
-    if crop.blur_prob > 0:
-        if inputs.blurred:
-            picture = fn.gaussian_blur(picture, sigma=inputs.radius, dtype=types.DALIDataType.FLOAT)
-        else:
-            picture = fn.cast(picture, dtype=types.DALIDataType.FLOAT)
-    if crop.solarize_prob > 0:
-        if inputs.solarized:
-            # Inverting from 128 on leaves the smaller of x and 255 - x.
-            picture = dali_math.min(picture, 255 - picture)
-        else:
-            picture = picture + 0
-    if crop.equalize_prob > 0:
-        if inputs.equalized:
-            picture = fn.cast(
-                fn.equalize(fn.cast(picture, dtype=types.DALIDataType.UINT8)),
-                dtype=types.DALIDataType.FLOAT,
-            )
-        else:
-            picture = fn.cast(picture, dtype=types.DALIDataType.FLOAT)
+            picture = fn.cast(picture, dtype=FLOAT)
+    elif crop.blur_prob > 0 or crop.solarize_prob > 0 or crop.equalize_prob > 0:
+        picture = fn.cast(picture, dtype=FLOAT)
+    if crop.blur_prob > 0 and inputs.blurred:
+        picture = fn.gaussian_blur(picture, sigma=inputs.radius)
+    if crop.solarize_prob > 0 and inputs.solarized:
+        # Inverting from 128 on leaves the smaller of x and 255 - x.
+        picture = dali_math.min(picture, 255 - picture)
+    if crop.equalize_prob > 0 and inputs.equalized:
+        picture = fn.cast(
+            fn.equalize(fn.cast(picture, dtype=types.DALIDataType.UINT8)), dtype=FLOAT
+        )
     return _normalize(picture, crop.mean, crop.std)
 
 

