@@ -1,0 +1,151 @@
+"""Images as the mixture sorts them: components, outliers, and a table of every image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dinovmf_plugin.analysis.mixture import VMFMixture
+from dinovmf_plugin.analysis.model_analysis import Scored, component_labels
+from dinovmf_plugin.analysis.report import Sheet, thumbnail
+
+__all__ = ["component_sheets", "component_table", "image_table", "ranked_sheet", "select_images"]
+
+
+def image_table(scored: Sequence[Scored]) -> dict[str, list[Any]]:
+    """One row per image of every set: where it is, its component, and how typical it is.
+
+    Returns:
+        Columns ``set, path, class, component, responsibility, entropy, cosine, kappa,
+        log_likelihood, typicality, outlier_rank`` (1 is the least likely image of all sets).
+    """
+    columns: dict[str, list[Any]] = {"set": [], "path": [], "class": []}
+    for part in scored:
+        columns["set"] += [part.images.name] * len(part.images)
+        columns["path"] += [part.images.folder.path(i) for i in range(len(part.images))]
+        columns["class"] += [part.images.class_of(i) for i in range(len(part.images))]
+    fields = {
+        "component": "component",
+        "responsibility": "responsibility",
+        "entropy": "entropy",
+        "cosine": "cosine",
+        "kappa": "concentration",
+        "log_likelihood": "log_likelihood",
+    }
+    for column, field in fields.items():
+        columns[column] = torch.cat([getattr(part.scores, field) for part in scored]).tolist()
+    columns["typicality"] = torch.cat([part.typicality for part in scored]).tolist()
+    likelihood = torch.cat([part.scores.log_likelihood for part in scored])
+    rank = torch.empty(len(likelihood), dtype=torch.int64)
+    rank[likelihood.argsort(stable=True)] = torch.arange(1, len(likelihood) + 1)
+    columns["outlier_rank"] = rank.tolist()
+    return columns
+
+
+def component_table(mixture: VMFMixture, groups: Tensor, scored: Scored) -> dict[str, list[Any]]:
+    """One row per component: concentration, duplicate set, usage by the images of one set.
+
+    Args:
+        mixture: the model.
+        groups: duplicate set of every component ``(K,)``.
+        scored: images that are counted (the training set).
+
+    Returns:
+        Columns ``component, kappa, log_weight, duplicate_set, images, share``, with labels also
+        ``majority_class, purity`` (empty without images).
+    """
+    num = len(groups)
+    counts = torch.bincount(scored.scores.component, minlength=num)
+    columns: dict[str, list[Any]] = {
+        "component": list(range(num)),
+        "kappa": mixture.concentrations.cpu().tolist(),
+        "log_weight": mixture.log_weights.double().log_softmax(0).cpu().tolist(),
+        "duplicate_set": groups.tolist(),
+        "images": counts.tolist(),
+        "share": (counts.double() / len(scored.images)).tolist(),
+    }
+    if scored.images.classes:
+        columns["majority_class"] = [""] * num
+        columns["purity"] = [None] * num
+        for k, labels in component_labels(scored.scores.component, scored.images).items():
+            columns["majority_class"][k] = scored.images.classes[int(labels.argmax())]
+            columns["purity"][k] = float(labels.max() / labels.sum())
+    return columns
+
+
+def select_images(scored: Scored, component: int, count: int) -> Tensor:
+    """Indices of the component's images that are closest to its mean direction, best first."""
+    members = (scored.scores.component == component).nonzero().squeeze(1)
+    order = scored.scores.cosine[members].argsort(descending=True, stable=True)
+    return members[order[:count]]
+
+
+def component_sheets(
+    scored: Scored,
+    *,
+    components: int,
+    images: int,
+    size: int = 96,
+    progress: bool = False,
+) -> list[Sheet]:
+    """The most used components, each with the images closest to its mean direction.
+
+    Args:
+        scored: the images.
+        components: how many components.
+        images: how many images of each.
+        size: side of a thumbnail in CSS pixels.
+        progress: whether to show a progress bar.
+    """
+    counts = torch.bincount(scored.scores.component)
+    order = counts.argsort(descending=True, stable=True)
+    used = order[counts[order] > 0][:components].tolist()
+    labels = (
+        component_labels(scored.scores.component, scored.images) if scored.images.classes else {}
+    )
+    sheets = []
+    for k in tqdm(used, desc="component sheets", unit="sheet", disable=not progress):
+        chosen = select_images(scored, k, images).tolist()
+        note = f"{int(counts[k]):,} images · κ {float(scored.scores.concentration[chosen[0]]):.1f}"
+        if k in labels:
+            purity = float(labels[k].max() / labels[k].sum())
+            note += f" · {purity:.0%} {scored.images.classes[int(labels[k].argmax())]}"
+        pictures = []
+        for i in chosen:
+            path = scored.images.folder.path(i)
+            cosine = float(scored.scores.cosine[i])
+            share = float(scored.scores.responsibility[i])
+            title = f"{path}\ncosine {cosine:.3f}, responsibility {share:.2f}"
+            pictures.append(thumbnail(path, size, title=title))
+        sheets.append(Sheet(f"Component {k}", note, pictures))
+    return sheets
+
+
+def ranked_sheet(
+    scored: Sequence[Scored], title: str, count: int, *, least: bool, size: int = 96
+) -> Sheet:
+    """The images of lowest (or highest) log-likelihood over all sets.
+
+    Args:
+        scored: the sets.
+        title: heading.
+        count: number of images.
+        least: lowest first (outliers), else highest first.
+        size: side of a thumbnail in CSS pixels.
+    """
+    likelihood = torch.cat([part.scores.log_likelihood for part in scored])
+    owner = [(part, i) for part in scored for i in range(len(part.images))]
+    order = likelihood.argsort(descending=not least, stable=True)[:count].tolist()
+    pictures = []
+    for index in order:
+        part, i = owner[index]
+        path = part.images.folder.path(i)
+        typical = float(part.typicality[i])
+        title_text = f"{path}\nlog p(y) {float(likelihood[index]):.2f}, typicality {typical:.3f}"
+        caption = part.images.class_of(i) or part.images.name
+        pictures.append(thumbnail(path, size, caption=caption, title=title_text))
+    return Sheet(title, f"of {len(likelihood):,} images", pictures)

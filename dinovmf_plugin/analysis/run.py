@@ -1,0 +1,326 @@
+"""The whole analysis, from checkpoint and images to analysis.json and analysis.html."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dinovmf_plugin.analysis import figures
+from dinovmf_plugin.analysis.attention import cls_attention, save_attention
+from dinovmf_plugin.analysis.embedding import (
+    Embeddings,
+    Images,
+    LoadedModel,
+    embed,
+    find_images,
+    load_model,
+)
+from dinovmf_plugin.analysis.gallery import (
+    component_sheets,
+    component_table,
+    image_table,
+    ranked_sheet,
+)
+from dinovmf_plugin.analysis.mixture import log_uniform_density
+from dinovmf_plugin.analysis.model_analysis import (
+    make_mixture,
+    measure_precision,
+    measure_prototypes,
+    score_images,
+)
+from dinovmf_plugin.analysis.page import analysis_page, gallery_page
+from dinovmf_plugin.analysis.precision import PercentileBin
+from dinovmf_plugin.analysis.report import Sheet, Thumbnail
+from dinovmf_plugin.analysis.settings import AnalysisSettings
+from dinovmf_plugin.analysis.tables import save_table
+from dinovmf_plugin.analysis.utilization import duplicate_groups
+from dinovmf_plugin.backbones import last_attention, patch_grid
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.evaluation.run_folder import (
+    file_digest,
+    open_run_folder,
+    pick_device,
+    versions,
+    write_atomic,
+    write_json,
+)
+
+__all__ = ["AnalysisSettings", "analyze", "format_analysis"]
+
+
+def _transform(settings: AnalysisSettings, model: LoadedModel) -> CenterCrop:
+    size = settings.data.crop_size or model.image_size
+    resize = settings.data.resize or round(size * 256 / 224)
+    return CenterCrop(resize=resize, size=size, interpolation=settings.data.interpolation)
+
+
+def _measure(
+    settings: AnalysisSettings, model: LoadedModel, sets: list[Images]
+) -> tuple[dict[str, Any], list[Embeddings], Tensor]:
+    """Results of one model, the embeddings of the sets, and the images each prototype wins."""
+    transform = _transform(settings, model)
+    found = [
+        embed(
+            model,
+            images,
+            transform,
+            batch_size=settings.data.batch_size,
+            num_workers=settings.data.num_workers,
+        )
+        for images in sets
+    ]
+    measured, hits = measure_prototypes(
+        model,
+        found[0].y,
+        settings.utilization.thresholds,
+        components=settings.utilization.components,
+        progress=True,
+    )
+    # JSON has string keys; the page reads the same dictionary
+    sweeps = {
+        reading: {str(threshold): count for threshold, count in sweep.items()}
+        for reading, sweep in measured["utilization"].items()
+    }
+    own = model.settings
+    precision = settings.precision
+    result = {
+        "checkpoint": str(model.path),
+        "method": own.method,
+        "normalization": own.normalization,
+        "centering": own.centering,
+        "temperature": own.teacher_temperature,
+        "assumed": list(own.assumed),
+        "num_prototypes": model.prototypes.num_prototypes,
+        "bottleneck_dim": model.prototypes.dim,
+        "crop_size": transform.size,
+        **measured,
+        "utilization": sweeps,
+        "precision": measure_precision(
+            model,
+            (sets[0], found[0]),
+            (sets[1], found[1]) if len(sets) > 1 else None,
+            bins=precision.bins,
+            k=precision.k,
+            temperature=precision.temperature,
+            progress=True,
+        ),
+        "load_report": model.report,
+    }
+    return result, found, hits
+
+
+def _charts(
+    result: Mapping[str, Any], model: LoadedModel, hits: Tensor, likelihoods: Mapping[str, Tensor]
+) -> dict[str, dict[str, bytes]]:
+    models = {result["name"]: result, **result["comparison"]}
+    sweeps = {
+        name: {float(t): count for t, count in found["utilization"]["greedy"].items()}
+        for name, found in models.items()
+    }
+    bins = {
+        name: [PercentileBin(**part) for part in found["precision"]["bins"]]
+        for name, found in models.items()
+        if "bins" in found["precision"]
+    }
+    kappa = model.prototypes.concentration(model.settings.teacher_temperature)
+    draw: dict[str, Callable[[], Figure]] = {
+        "utilization": partial(figures.utilization_figure, sweeps),
+        "concentration": partial(
+            figures.concentration_figure, kappa.detach().cpu().numpy(), hits.numpy()
+        ),
+        "likelihood": partial(
+            figures.likelihood_figure,
+            {name: value.numpy() for name, value in likelihoods.items()},
+            log_uniform_density(model.prototypes.dim),
+        ),
+        "circle": figures.circle_figure,
+        "normalizer": partial(figures.normalizer_figure, order=model.prototypes.order),
+        "normalizer_error": partial(figures.normalizer_error_figure, order=model.prototypes.order),
+    }
+    if bins:
+        draw["precision"] = partial(figures.precision_figure, bins)
+    return {name: figures.themed(function) for name, function in draw.items()}
+
+
+@torch.no_grad()
+def _attention(
+    settings: AnalysisSettings,
+    model: LoadedModel,
+    images: Images,
+    folder: Path,
+) -> list[Path]:
+    """Sheets of evenly spaced images, or of all images of ``attention.path``."""
+    transform = _transform(settings, model)
+    count = len(images) if settings.attention.path else min(settings.attention.images, len(images))
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.mean, transform.std))
+    paths: list[Path] = []
+    for index in tqdm(chosen, desc="attention maps", unit="img"):
+        path = Path(images.folder.path(int(index)))
+        with Image.open(path) as image:
+            pixels = transform(image.convert("RGB"))
+        maps = cls_attention(
+            last_attention(model.vit, pixels[None].to(model.prototypes.weight_v.device)),
+            patch_grid(model.vit, *pixels.shape[-2:]),
+        )
+        shown = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        # the index keeps equal file names of different classes apart
+        paths += save_attention([shown], maps.cpu(), [f"{index:06d}_{path.stem}"], folder)
+    return paths
+
+
+def _attention_sheet(paths: list[Path], heads: int) -> list[Sheet]:
+    width = 96 * (heads + 2)
+    pictures = []
+    for path in paths:
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            # twice the CSS size is enough for dense screens
+            image.thumbnail((2 * width, 2 * width))
+            image.convert("RGB").save(buffer, format="JPEG", quality=85)
+        pictures.append(Thumbnail(buffer.getvalue(), width, title=path.stem))
+    return [Sheet("Self-attention", f"{heads} heads; PNG files in attention/", pictures)]
+
+
+def analyze(settings: AnalysisSettings) -> dict[str, Any]:
+    """Analyse a checkpoint on images and write the results into ``settings.output_dir``.
+
+    Writes analysis.json, analysis.html, gallery.html, images.* and components.* (CSV or Parquet),
+    figures/*.svg and attention/*.png.
+
+    Returns:
+        What analysis.json holds.
+
+    Raises:
+        FileNotFoundError: if the checkpoint or a folder is missing.
+        ValueError: if a setting, the checkpoint, an image or the output folder cannot be used.
+    """
+    settings.check()
+    device = pick_device(settings.device)
+    data = settings.data
+    train = find_images(
+        str(data.train_path),
+        "data.train_path",
+        fraction=data.fraction,
+        skip_unreadable=data.skip_unreadable,
+    )
+    sets = [train]
+    if data.val_path:
+        sets.append(
+            find_images(
+                data.val_path,
+                "data.val_path",
+                classes=train.classes,
+                fraction=data.fraction,
+                skip_unreadable=data.skip_unreadable,
+            )
+        )
+    shown = sets[-1]
+    if settings.attention.path:
+        shown = find_images(settings.attention.path, "attention.path")
+    load = partial(
+        load_model,
+        which=settings.which,
+        model_name=settings.model_name,
+        num_heads=settings.num_heads,
+        device=device,
+    )
+    model = load(str(settings.checkpoint))
+    others = {name: load(path) for name, path in settings.compare.items()}
+    name = settings.name or model.settings.method
+    if name in others:
+        raise ValueError(f"compare has a model of the same name {name!r}: set name to another one")
+    mixture = make_mixture(model, settings.weights)
+    digests = {key: file_digest(path) for key, path in _files(settings).items()}
+    # Only now: what cannot be analysed must not bind the folder to itself.
+    folder = open_run_folder(str(settings.output_dir), {**settings.identity(), "sha256": digests})
+
+    measured, found, hits = _measure(settings, model, sets)
+    scored, summary = score_images(
+        mixture, [(images, part.y) for images, part in zip(sets, found, strict=True)]
+    )
+    result: dict[str, Any] = {
+        "name": name,
+        "which": settings.which,
+        "images": {images.name: len(images) for images in sets},
+        **measured,
+        "mixture": {"weights": settings.weights, **summary},
+        "comparison": {key: _measure(settings, other, sets)[0] for key, other in others.items()},
+        "settings": {**settings.identity(), "sha256": digests, "device": str(device)},
+        "versions": versions(),
+    }
+    groups = duplicate_groups(mixture.directions, result["void_set"]["threshold"])
+    save_table(image_table(scored), folder, "images", settings.table)
+    save_table(component_table(mixture, groups, scored[0]), folder, "components", settings.table)
+    sheets = component_sheets(
+        scored[0],
+        components=settings.gallery.components,
+        images=settings.gallery.images,
+        size=settings.gallery.size,
+        progress=True,
+    )
+    ranked = [
+        ranked_sheet(
+            scored, title, settings.gallery.outliers, least=least, size=settings.gallery.size
+        )
+        for title, least in (("Least likely images", True), ("Most likely images", False))
+    ]
+    charts = _charts(
+        result, model, hits, {part.images.name: part.scores.log_likelihood for part in scored}
+    )
+    for key, themes in charts.items():
+        write_atomic(folder / "figures" / f"{key}.svg", partial(_write, themes["light"]))
+    maps = _attention(settings, model, shown, folder / "attention")
+    result["attention"] = [str(path.relative_to(folder)) for path in maps]
+    heads = int(model.vit.blocks[-1].attn.num_heads)
+    page = analysis_page(
+        result, charts, sheets, ranked, _attention_sheet(maps, heads) if maps else []
+    )
+    for file, text in (
+        ("analysis.html", page.html()),
+        ("gallery.html", gallery_page(name, sheets, ranked).html()),
+    ):
+        write_atomic(folder / file, partial(_write, text.encode("utf-8", "replace")))
+    write_json(folder / "analysis.json", result)
+    return result
+
+
+def _files(settings: AnalysisSettings) -> dict[str, Path]:
+    from dinovmf_plugin.checkpoints.reading import resolve_file
+
+    named = {"checkpoint": str(settings.checkpoint), **settings.compare}
+    return {key: resolve_file(path) for key, path in named.items()}
+
+
+def _write(content: bytes, file: Any) -> None:
+    file.write(content)
+
+
+def format_analysis(result: Mapping[str, Any]) -> str:
+    """Table 4 of the models in a result, as text.
+
+    Example:
+        >>> void = {"threshold": 0.9, "is_void": False}
+        >>> found = {"utilization": {"greedy": {"0.9": {"unique": 961, "largest": 2087}}}, "void_set": void}
+        >>> print(format_analysis({"name": "DINO", "comparison": {}, **found}))
+        model               unique   largest  void set   (cosine > 0.9)
+        DINO                   961      2087        no
+    """
+    models = {result["name"]: result, **result["comparison"]}
+    at = str(result["void_set"]["threshold"])
+    lines = [f"{'model':<16}{'unique':>10}{'largest':>10}{'void set':>10}   (cosine > {at})"]
+    for name, found in models.items():
+        count = found["utilization"]["greedy"][at]
+        void = "yes" if found["void_set"]["is_void"] else "no"
+        lines.append(f"{name:<16}{count['unique']:>10}{count['largest']:>10}{void:>10}")
+    return "\n".join(lines)

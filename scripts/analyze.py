@@ -1,0 +1,27 @@
+"""Analyses of a trained mixture; see configs/analyze.yaml.
+
+Example::
+
+    python scripts/analyze.py checkpoint=last.ckpt data.train_path=photos output_dir=results/analysis
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from dinovmf_plugin.cli import one_clear_message
+
+
+@hydra.main(config_path="pkg://dinovmf_plugin.configs", config_name="analyze", version_base="1.2")
+@one_clear_message
+def main(cfg: DictConfig) -> None:
+    """Analyse and print the numbers of Table 4."""
+    from dinovmf_plugin.analysis.run import AnalysisSettings, analyze, format_analysis
+
+    settings = AnalysisSettings.from_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    print(format_analysis(analyze(settings)))
+
+
+if __name__ == "__main__":
+    main()
