@@ -80,13 +80,16 @@ _TINY: dict[str, Any] = {
 
 @pytest.fixture
 def tiny_cfg() -> Any:
-    """Factory: ``tiny_cfg("dino_multicrop", **{"method_kwargs.clip_grad": 0.3})``: trains on both hosts."""
+    """Factory of configs that train on both hosts; a dict replaces its whole node.
+
+    ``tiny_cfg("dino_multicrop", max_epochs=1, **{"method_kwargs.clip_grad": 0.3})``
+    """
 
     def make(method: str = "dino_vmf", **overrides: Any) -> DictConfig:
         cfg = OmegaConf.create(copy.deepcopy(_TINY))
         cfg.method = method
         for key, value in overrides.items():
-            OmegaConf.update(cfg, key, value, merge=True, force_add=True)
+            OmegaConf.update(cfg, key, value, merge=False, force_add=True)
         return cfg
 
     return make
@@ -126,20 +129,33 @@ def crop_loader(make_crops: Any) -> Any:
 
 @pytest.fixture
 def build() -> Any:
-    """Factory: the plugin's or the host's method of a config, from a fixed seed."""
+    """Factory: the plugin's or the host's method of a config, from a fixed seed.
 
-    def make(cfg: DictConfig, seed: int = 0) -> Any:
+    Neither host lets a config choose the depth of a ViT: all blocks but the first ``depth`` are cut off.
+    """
+
+    def make(cfg: DictConfig, seed: int = 0, depth: int | None = 2) -> Any:
         from dinovmf_plugin.pretraining import build_method
 
         torch.manual_seed(seed)
-        return build_method(cfg)
+        module = build_method(cfg)
+        for name in ("backbone", "momentum_backbone"):
+            network = getattr(module, name, None)
+            if hasattr(network, "blocks"):
+                network.blocks = network.blocks[:depth]
+        return module
 
     return make
 
 
 @pytest.fixture
 def fit() -> Any:
-    """Run ``Trainer.fit`` quietly on the CPU and return the Trainer."""
+    """Run ``Trainer.fit`` quietly on the CPU and return the Trainer; data may be lists of batches."""
+
+    def loader(data: Any) -> Any:
+        if isinstance(data, list):
+            return torch.utils.data.DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+        return data
 
     def run(
         module: Any, train: Any, val: Any = None, ckpt_path: Any = None, **trainer_kwargs: Any
@@ -159,7 +175,7 @@ def fit() -> Any:
         }
         trainer = Trainer(**kwargs)
         resume = {} if ckpt_path is None else {"ckpt_path": ckpt_path, "weights_only": True}
-        trainer.fit(module, train, val, **resume)
+        trainer.fit(module, loader(train), loader(val), **resume)
         return trainer
 
     return run
