@@ -1,0 +1,1 @@
+"""``make demo``: pre-train on real photographs, evaluate, and show what happened on one page."""

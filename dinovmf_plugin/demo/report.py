@@ -1,0 +1,234 @@
+"""The demo's page: curves, tables and pictures in one file."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinovmf_plugin.analysis.figures import themed
+from dinovmf_plugin.analysis.report import Page, Sheet, Thumbnail, table, thumbnail
+from dinovmf_plugin.data.folders import list_images
+from dinovmf_plugin.demo.history import LabelledImages
+from dinovmf_plugin.evaluation.features import extract_features
+
+__all__ = ["write_report"]
+
+
+def _curve(
+    ylabel: str,
+    draw: Callable[[Axes], None],
+    xlabel: str = "epoch",
+    size: tuple[float, float] = (5.2, 3.3),
+) -> dict[str, bytes]:
+    def make() -> Figure:
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+        draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(handles)))
+        return figure
+
+    return themed(make)
+
+
+def _over_epochs(methods: Mapping[str, Any], key: str) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for name, result in methods.items():
+            records = [r for r in result["epochs"] if key in r]
+            axes.plot([r["epoch"] for r in records], [r[key] for r in records], ".-", label=name)
+
+    return draw
+
+
+def _loss(methods: Mapping[str, Any]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        _over_epochs(methods, "loss")(axes)
+        sizes = {r["settings"]["num_prototypes"] for r in methods.values()}
+        for size in sizes:
+            axes.axhline(math.log(size), linestyle=":", color="#888888", linewidth=1)
+            axes.text(0.99, math.log(size), f"log {size}: uniform outputs ", ha="right", va="bottom",
+                      transform=axes.get_yaxis_transform(), fontsize=8)  # fmt: skip
+
+    return draw
+
+
+def _knn(results: Mapping[str, Any], key: str) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        _over_epochs(results["methods"], "top1")(axes)
+        styles = {"untrained": "--", "pixels": ":"}
+        for name, accuracy in results["baselines"].items():
+            axes.axhline(accuracy[key]["top1"], linestyle=styles[name], color="#888888", label=name)
+
+    return draw
+
+
+def _monitored(methods: Mapping[str, Any], kind: str, key: str) -> Callable[[Axes], None]:
+    x = "step" if kind == "step" else "epoch"
+    offset = 0 if kind == "step" else 1
+
+    def draw(axes: Axes) -> None:
+        for name, result in methods.items():
+            records = [r for r in result["monitor"][kind] if r.get(key) is not None]
+            axes.plot([r[x] + offset for r in records], [r[key] for r in records], ".-", label=name)
+
+    return draw
+
+
+def _kappa(methods: Mapping[str, Any]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for name, result in methods.items():
+            records = result["monitor"]["epoch"]
+            epochs = [r["epoch"] + 1 for r in records]
+            (line,) = axes.plot(epochs, [r["kappa_median"] for r in records], ".-", label=name)
+            low, high = ([r[f"kappa_{q}"] for r in records] for q in ("p05", "p95"))
+            axes.fill_between(epochs, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+
+    return draw
+
+
+def _picture(crop: Tensor, mean: Sequence[float], std: Sequence[float], width: int) -> Thumbnail:
+    shape = (3, 1, 1)
+    image = crop.cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    array = (image.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array).resize((width, width), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return Thumbnail(buffer.getvalue(), width)
+
+
+def _crop_sheets(crops: Sequence[Tensor], recipe: DictConfig, images: int = 4) -> list[Sheet]:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    large = crops[0].shape[-1]
+    return [
+        Sheet(
+            f"Image {i + 1}",
+            f"{recipe.data.num_large_crops} global and {recipe.data.num_small_crops} local crops",
+            [_picture(c[i], mean, std, 96 if c.shape[-1] == large else 48) for c in crops],
+        )
+        for i in range(min(images, len(crops[0])))
+    ]
+
+
+def _neighbour_sheets(
+    network: nn.Module,
+    folder: Path,
+    data: tuple[LabelledImages, LabelledImages],
+    count: int = 6,
+    k: int = 7,
+) -> list[Sheet]:
+    bank, queries = data
+    features, labels = extract_features(network, bank, progress=False)
+    query_features, query_labels = extract_features(network, queries, progress=False)
+    train, val = (list_images(folder / part) for part in ("train", "val"))
+    picks = torch.linspace(0, len(query_features) - 1, count).long()
+    similarity = F.normalize(query_features[picks], dim=1) @ F.normalize(features, dim=1).T
+    values, indices = similarity.topk(k)
+    sheets = []
+    for row, pick in enumerate(picks.tolist()):
+        truth = int(query_labels[pick])
+        pictures = [thumbnail(val.path(pick), 96, caption=f"query: {val.classes[truth]}")]
+        for value, index in zip(values[row].tolist(), indices[row].tolist(), strict=True):
+            label = int(labels[index])
+            mark = "✓" if label == truth else "✗"
+            caption = f"{mark} {train.classes[label]} {value:.2f}"
+            pictures.append(thumbnail(train.path(index), 96, caption=caption))
+        right = int((labels[indices[row]] == truth).sum())
+        sheets.append(
+            Sheet(f"Query {row + 1}", f"{right} of {k} neighbours of its class", pictures)
+        )
+    return sheets
+
+
+def write_report(
+    path: Path,
+    results: Mapping[str, Any],
+    crops: Sequence[Tensor],
+    trained: Mapping[str, nn.Module],
+    folder: Path,
+    data: tuple[LabelledImages, LabelledImages],
+    recipe: DictConfig,
+) -> None:
+    """Write the page.
+
+    Args:
+        path: file to write.
+        results: what results.json will hold.
+        crops: one batch of training crops.
+        trained: teacher backbones by method.
+        folder: the pictures, with ``train`` and ``val``.
+        data: batches of bank and queries, in the folders' order.
+        recipe: the parsed recipe of the first method.
+    """
+    methods, key = results["methods"], f"k{results['settings']['knn']['k']}"
+    about, images = results["data"], results["images"]
+    page = Page(
+        "DINO and DINO-vMF on real photographs",
+        f"{about['package']} · {images['train']:,} training and {images['val']:,} held-out images · "
+        f"{recipe.backbone.name}, {recipe.max_epochs} epochs · {results['seconds'] / 60:.1f} minutes",
+    )
+    facts: dict[str, object] = {
+        f"{name}: kNN top-1, {key[1:]} neighbours": f"{result['knn'][key]['top1']:.1f} %"
+        for name, result in methods.items()
+    }
+    for name, accuracy in results["baselines"].items():
+        facts[f"{name}: the same"] = f"{accuracy[key]['top1']:.1f} %"
+    page.facts(facts)
+    page.section("Result")
+    page.text(
+        "Weighted kNN on the frozen teacher's CLS token, in percent of the held-out images; beside it raw "
+        "pixels and the same backbone before training. A small backbone, minutes and one seed: enough to "
+        "see that the features are learnt, not to rank the methods."
+    )
+    rows_of = {**results["baselines"], **{m: r["knn"] for m, r in methods.items()}}
+    ks = list(next(iter(rows_of.values())))
+    rows = [
+        [name, *[f"{accuracy[k]['top1']:.1f}" for k in ks],
+         methods[name]["gain_over_untrained"] if name in methods else None]
+        for name, accuracy in rows_of.items()
+    ]  # fmt: skip
+    page.raw(table(["features", *[f"k = {k[1:]}" for k in ks], "over untrained"], rows))
+    page.section("Training")
+    page.charts(
+        (
+            _curve(f"kNN top-1 (%), k = {key[1:]}", _knn(results, key)),
+            "kNN of the teacher over time",
+        ),
+        (_curve("loss", _loss(methods)), "Self-distillation loss"),
+        (
+            _curve("nats", _monitored(methods, "step", "teacher_entropy"), "step"),
+            "Entropy of the targets",
+        ),
+    )
+    page.section("The mixture")
+    page.charts(
+        (_curve("κ = ‖w‖ / τ", _kappa(methods)), "Concentrations: median, 5th to 95th percentile"),
+        (_curve("unique prototypes", _monitored(methods, "epoch", "unique_prototypes")),
+         "Prototypes left when duplicates (cosine > 0.9) are removed"),
+        (_curve("perplexity", _monitored(methods, "epoch", "usage_perplexity")),
+         "Effective number of components that win images"),
+    )  # fmt: skip
+    alarms = [(name, a["message"]) for name, r in methods.items() for a in r["monitor"]["alarm"]]
+    for name, message in alarms:
+        page.text(f"{name}: {message}", note=True)
+    page.section("What the networks see")
+    for sheet in _crop_sheets(crops, recipe):
+        page.raw(sheet.html())
+    for name, network in trained.items():
+        page.section(f"Nearest neighbours: {name}")
+        for sheet in _neighbour_sheets(network, folder, data):
+            page.raw(sheet.html())
+    page.text(f"Pictures: {about['note']}. Licence: {about['licence']}.", note=True)
+    shown = {k: results[k] for k in ("settings", "recipe", "versions")}
+    page.details("Settings and versions", json.dumps(shown, indent=2))
+    path.write_text(page.html(), encoding="utf-8")
