@@ -65,7 +65,7 @@ def overlay(image: NDArray[np.uint8], weight: Tensor, *, colormap: str = "infern
 
 
 def attention_sheet(
-    image: NDArray[np.uint8], maps: Tensor, *, side: int = 224, gap: int = 4
+    image: NDArray[np.uint8], maps: Tensor, *, side: int = 224, gap: int = 8
 ) -> Image.Image:
     """Image, mean over heads, then every head, side by side.
 

@@ -13,7 +13,7 @@ from dinovmf_plugin.analysis.mixture import VMFMixture
 from dinovmf_plugin.analysis.model_analysis import Scored, component_labels
 from dinovmf_plugin.analysis.report import Sheet, thumbnail
 
-__all__ = ["component_sheets", "component_table", "image_table", "ranked_sheet", "select_images"]
+__all__ = ["component_sheets", "component_table", "image_table", "ranked_sheet"]
 
 
 def image_table(scored: Sequence[Scored]) -> dict[str, list[Any]]:
@@ -77,15 +77,9 @@ def component_table(mixture: VMFMixture, groups: Tensor, scored: Scored) -> dict
     return columns
 
 
-def select_images(scored: Scored, component: int, count: int) -> Tensor:
-    """Indices of the component's images that are closest to its mean direction, best first."""
-    members = (scored.scores.component == component).nonzero().squeeze(1)
-    order = scored.scores.cosine[members].argsort(descending=True, stable=True)
-    return members[order[:count]]
-
-
 def component_sheets(
     scored: Scored,
+    groups: Tensor,
     *,
     components: int,
     images: int,
@@ -94,34 +88,42 @@ def component_sheets(
 ) -> list[Sheet]:
     """The most used components, each with the images closest to its mean direction.
 
+    Copies of one component share its images by chance, so they are shown as one.
+
     Args:
         scored: the images.
-        components: how many components.
+        groups: duplicate set of every component ``(K,)``; ``torch.arange(K)`` keeps all apart.
+        components: how many sets of components.
         images: how many images of each.
         size: side of a thumbnail in CSS pixels.
         progress: whether to show a progress bar.
     """
-    counts = torch.bincount(scored.scores.component)
+    owner = groups[scored.scores.component]
+    counts, copies = torch.bincount(owner), torch.bincount(groups)
     order = counts.argsort(descending=True, stable=True)
     used = order[counts[order] > 0][:components].tolist()
-    labels = (
-        component_labels(scored.scores.component, scored.images) if scored.images.classes else {}
-    )
+    labels = component_labels(owner, scored.images) if scored.images.classes else {}
     sheets = []
-    for k in tqdm(used, desc="component sheets", unit="sheet", disable=not progress):
-        chosen = select_images(scored, k, images).tolist()
-        note = f"{int(counts[k]):,} images · κ {float(scored.scores.concentration[chosen[0]]):.1f}"
-        if k in labels:
-            purity = float(labels[k].max() / labels[k].sum())
-            note += f" · {purity:.0%} {scored.images.classes[int(labels[k].argmax())]}"
+    for group in tqdm(used, desc="component sheets", unit="sheet", disable=not progress):
+        members = (owner == group).nonzero().squeeze(1)
+        closest = scored.scores.cosine[members].argsort(descending=True, stable=True)
+        chosen = members[closest[:images]].tolist()
+        kappa = float(scored.scores.concentration[members].mean())
+        note = f"{len(members):,} images · κ {kappa:.1f}"
+        if group in labels:
+            purity = float(labels[group].max() / labels[group].sum())
+            note += f" · {purity:.0%} {scored.images.classes[int(labels[group].argmax())]}"
         pictures = []
         for i in chosen:
             path = scored.images.folder.path(i)
-            cosine = float(scored.scores.cosine[i])
+            cosine, k = float(scored.scores.cosine[i]), int(scored.scores.component[i])
             share = float(scored.scores.responsibility[i])
-            title = f"{path}\ncosine {cosine:.3f}, responsibility {share:.2f}"
+            title = f"{path}\ncomponent {k}, cosine {cosine:.3f}, responsibility {share:.2f}"
             pictures.append(thumbnail(path, size, title=title))
-        sheets.append(Sheet(f"Component {k}", note, pictures))
+        name = f"Component {int((groups == group).nonzero()[0])}"
+        if copies[group] > 1:
+            name += f" and {int(copies[group]) - 1:,} copies"
+        sheets.append(Sheet(name, note, pictures))
     return sheets
 
 

@@ -133,8 +133,8 @@ def analysis_page(
     _precision(page, models, charts.get("precision"))
     page.section("Components")
     page.text(
-        f"The most used components with the images closest to their mean direction. {len(sheets)} of "
-        "them are in gallery.html, all images in the table images.*."
+        "The most used components with the images closest to their mean direction; copies of a component "
+        f"count as one. {len(sheets)} of them are in gallery.html, all images in the table images.*."
     )
     for sheet in sheets[:_SHEETS]:
         page.raw(sheet.html())

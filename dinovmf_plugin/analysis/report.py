@@ -27,7 +27,7 @@ h2 { font-size: 1.25rem; margin: 2.75rem 0 .5rem; padding-top: .75rem;
   border-top: 1px solid var(--line); }
 p { margin: .5rem 0 1rem; max-width: 46rem; }
 .soft, figcaption, .note { color: var(--soft); font-size: .875rem; }
-nav { margin: 1rem 0; font-size: .9rem; } nav a { margin-right: 1rem; white-space: nowrap; }
+nav { margin: 1rem 0; font-size: .9rem; display: flex; flex-wrap: wrap; gap: .2rem 1rem; }
 a { color: var(--accent); }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5rem, 1fr));
   gap: .75rem; margin: 1.25rem 0; }
@@ -39,16 +39,17 @@ a { color: var(--accent); }
 figure { margin: 1rem 0; } figure picture img { max-width: 100%; height: auto; display: block; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-start; }
 .charts figure { flex: 0 1 auto; max-width: 100%; }
-.charts.several figure { flex: 1 1 20rem; max-width: 32rem; }
+.charts.several figure { flex: 1 1 26rem; max-width: 32rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; } th:first-child, td:first-child { text-align: left; white-space: nowrap; }
 .sheet { margin: 0 0 1.25rem; }
 .sheet h3 { font-size: .95rem; margin: 0 0 .35rem; font-weight: 600; }
 .sheet h3 span { font-weight: 400; color: var(--soft); }
 .strip { display: flex; flex-wrap: wrap; gap: 6px; }
-.strip figure { margin: 0; } .strip img { display: block; border-radius: 4px; }
+.strip figure { margin: 0; max-width: 100%; }
+.strip img { display: block; border-radius: 4px; max-width: 100%; height: auto; }
 .strip figcaption { font-size: .72rem; max-width: 12rem; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 details { margin-top: 1.5rem; } summary { cursor: pointer; }

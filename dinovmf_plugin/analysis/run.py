@@ -264,6 +264,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
     save_table(component_table(mixture, groups, scored[0]), folder, "components", settings.table)
     sheets = component_sheets(
         scored[0],
+        groups,
         components=settings.gallery.components,
         images=settings.gallery.images,
         size=settings.gallery.size,

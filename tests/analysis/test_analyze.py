@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinovmf_plugin.analysis.embedding import Images, assign, embed, find_images, load_model
-from dinovmf_plugin.analysis.mixture import prototype_mixture
-from dinovmf_plugin.analysis.model_analysis import knn_correct, make_mixture
+from dinovmf_plugin.analysis.gallery import component_sheets
+from dinovmf_plugin.analysis.mixture import VMFMixture, prototype_mixture
+from dinovmf_plugin.analysis.model_analysis import knn_correct, make_mixture, score_images
 from dinovmf_plugin.analysis.run import AnalysisSettings, analyze, format_analysis
 from dinovmf_plugin.analysis.tables import save_table
 from dinovmf_plugin.analysis.utilization import utilization
@@ -89,6 +90,7 @@ def test_json__holds_what_the_parts_compute(analysed, plugin_checkpoint, image_f
     model = load_model(plugin_checkpoint)
     images = find_images(image_folders / "train", "data.train_path")
     y = embed(model, images, CROP, num_workers=0, progress=False).y
+    model.head.requires_grad_(False)
     sweep = utilization(model.prototypes.directions(), [0.5, 0.9])
     assert stored["utilization"]["greedy"] == {str(t): found for t, found in sweep.items()}
     wins = torch.bincount(model.prototypes(y, 0.05).argmax(-1), minlength=24)
@@ -135,8 +137,7 @@ def test_tables__have_a_row_per_image_and_per_component(analysed):
 def test_pages__are_complete_and_self_contained(analysed):
     _, result, folder = analysed
     images, text = check_page(folder / "analysis.html")
-    used = result["mixture"]["train"]["components_used"]
-    assert used <= 8
+    assert result["mixture"]["train"]["components_used"] <= 8
     # 7 charts, every training image in a sheet (at most 10 each), 2 x 5 ranked, 2 attention sheets
     assert images == 7 + 12 + 10 + 2
     assert f"{result['utilization']['greedy']['0.9']['unique']}</b>" in text
@@ -157,6 +158,22 @@ def test_pages__are_complete_and_self_contained(analysed):
     assert [str(p) for p in result["attention"]] == sorted(
         f"attention/{p.name}" for p in (folder / "attention").iterdir()
     )
+
+
+def test_sheets__join_the_copies_of_a_component(image_folders):
+    images = find_images(image_folders / "train", "data.train_path")
+    mixture = VMFMixture(torch.eye(3)[[0, 1, 0, 2]], torch.full((4,), 50.0), torch.zeros(4))
+    y = torch.eye(3)[[0] * 3 + [1] * 4 + [0] * 5] + 0.01 * torch.arange(12.0)[:, None]
+    scored, _ = score_images(mixture, [(images, y)])
+    groups = torch.tensor([0, 1, 0, 2])
+    first, second = component_sheets(scored[0], groups, components=9, images=5, size=16)
+    assert (first.title, second.title) == ("Component 0 and 1 copies", "Component 1")
+    assert first.note.startswith("8 images · κ 50.0 · 62% red")  # 3 blue, 5 red
+    assert [len(first.pictures), len(second.pictures)] == [5, 4]
+    # the closest to the mean direction first: the noise grows with the index
+    assert [p.title.split("\n")[0] for p in first.pictures][:3] == [
+        images.folder.path(i) for i in (0, 1, 2)
+    ]
 
 
 def test_output_folder__is_not_mixed_with_other_settings(analysed):
