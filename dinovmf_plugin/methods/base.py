@@ -310,12 +310,8 @@ class SelfDistillation(BaseMomentumMethod):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set learning rate and weight decay of the coming optimiser step."""
         final = self.settings.final_weight_decay
-        constant = self.cfg.scheduler.name == "none"
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        if constant:
-            return
         optimization.update_schedules(
-            optimizer,
+            self.optimizers(use_pl_optimizer=False),
             self.trainer.global_step,
             self.schedule_steps,
             min_lr=self.min_lr,
@@ -323,6 +319,7 @@ class SelfDistillation(BaseMomentumMethod):
             warmup_start_lr=self.warmup_start_lr,
             weight_decay=self.weight_decay,
             final_weight_decay=self.weight_decay if final is None else final,
+            constant_lr=self.cfg.scheduler.name == "none",
         )
 
     def adjust_gradients(self) -> None:

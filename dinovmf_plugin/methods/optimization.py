@@ -79,16 +79,18 @@ def update_schedules(
     warmup_start_lr: float,
     weight_decay: float,
     final_weight_decay: float,
+    constant_lr: bool = False,
 ) -> None:
     """Write this step's learning rate and weight decay into the optimiser's groups.
 
-    Every group warms up to its own ``peak_lr``; only groups with ``decay`` get weight decay.
+    Every group warms up to its own ``peak_lr`` (or stays there); only groups with ``decay`` get weight decay.
     """
     decay = schedules.cosine(step, total, weight_decay, final_weight_decay)
     for group in optimizer.param_groups:
-        group["lr"] = schedules.learning_rate(
-            step, total, group["peak_lr"], min_lr, warmup_steps, warmup_start_lr
-        )
+        if not constant_lr:
+            group["lr"] = schedules.learning_rate(
+                step, total, group["peak_lr"], min_lr, warmup_steps, warmup_start_lr
+            )
         group["weight_decay"] = decay if group["decay"] else 0.0
 
 
