@@ -161,15 +161,19 @@ def extract_feature_set(
     distributed: bool = False,
     progress: bool = True,
     name: str = "images",
+    total: int | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Several features of every image from one pass; see ``extract_features``."""
+    """Several features of every image from one pass; see ``extract_features``.
+
+    ``total`` images are what the progress bar counts to.
+    """
     device = torch.device(device)
     model = model.to(device).eval()
     chunks: dict[str, list[Tensor]] = {key: [] for key in features}
     labels: list[Tensor] = []
     amp = torch.autocast(device.type, precision) if precision != torch.float32 else nullcontext()
     done = 0
-    with tqdm(desc=f"features of {name}", unit="img", disable=not progress) as bar:
+    with tqdm(total=total, desc=f"features of {name}", unit="img", disable=not progress) as bar:
         for images, batch_labels in loader:
             with amp:
                 found = backbone_features(

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from dinovmf_plugin.evaluation.checks import check_features
 
@@ -40,11 +39,10 @@ def class_scores(labels: Labels, predicted: Labels) -> tuple[float, float]:
         >>> class_scores(np.array([0, 0, 0, 1]), np.array([0, 0, 0, 0]))
         (75.0, 50.0)
     """
-    with warnings.catch_warnings():
-        # predicting a class that has no test image is no fault of the classifier's
-        warnings.filterwarnings("ignore", message="y_pred contains classes not in y_true")
-        balanced = balanced_accuracy_score(labels, predicted)
-    return 100.0 * float(accuracy_score(labels, predicted)), 100.0 * float(balanced)
+    right = predicted == labels
+    _, index, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    recall = np.bincount(index, weights=right) / counts
+    return 100.0 * float(right.mean()), 100.0 * float(recall.mean())
 
 
 def multinomial_regression(

@@ -1,0 +1,246 @@
+"""The page that shows evaluations: our rows, the baselines' and the paper's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dinovmf_plugin.analysis.figures import themed
+from dinovmf_plugin.analysis.report import Page, table
+from dinovmf_plugin.evaluation.paper import PaperRow, paper_rows
+
+__all__ = ["evaluation_page", "text_table"]
+
+PAPER_LABEL = "paper (ImageNet)"
+Rows = list[list[object]]
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
+
+
+def _spread(mean: float | None, std: float | None) -> str | None:
+    if mean is None:
+        return None
+    return f"{mean:.2f}" if not std else f"{mean:.2f} ± {std:.2f}"
+
+
+def _paper_name(row: PaperRow) -> str:
+    return f"{row.method} {row.architecture}, {PAPER_LABEL}"
+
+
+def _ks(result: Mapping[str, Any]) -> list[str]:
+    return [key for key in result if key.startswith("k") and key[1:].isdigit()]
+
+
+def _knn_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[str], Rows]:
+    ks = _ks(next(iter(ours.values())))
+    rows: Rows = []
+    for name, result in ours.items():
+        rows.append([name, *(_percent(result[k]["top1"]) for k in ks)])
+        rows.append([f"{name}, top-5", *(_percent(result[k]["top5"]) for k in ks)])
+    best = [None if k != "k10" else 1 for k in ks]
+    for row in paper:
+        if row.knn is not None:
+            rows.append([_paper_name(row), *(_percent(row.knn) if b else None for b in best)])
+    return ["kNN top-1 (%)", *(f"k = {k[1:]}" for k in ks)], rows
+
+
+def _linear_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[str], Rows]:
+    header = ["linear top-1 (%)", "feature", "best on val", "lr", "epoch"]
+    header += ["last, official lr", "best last epoch", "chosen on held-out"]
+    rows: Rows = []
+    for name, result in ours.items():
+        for feature, report in result["features"].items():
+            best, last = report["best"], max(entry["top1"] for entry in report["last"])
+            official = report.get("protocol_lr", {}).get("last", {}).get("top1")
+            rows.append(
+                [
+                    name,
+                    f"[{feature}] {report['dim']}",
+                    _percent(best["top1"]),
+                    f"{best['lr']:g}",
+                    best["epoch"],
+                    _percent(official),
+                    _percent(last),
+                    _percent(report.get("chosen", {}).get("top1")),
+                ]
+            )
+    for row in paper:
+        for feature, value in (("cls", row.cls), ("dino", row.dino)):
+            if value is not None:
+                rows.append([_paper_name(row), f"[{feature}]", _percent(value), *[None] * 5])
+    return header, rows
+
+
+def _few_shot_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[str], Rows]:
+    settings = list(next(iter(ours.values()))["top1"])
+    rows: Rows = []
+    for name, result in ours.items():
+        entries = (result["top1"][s] for s in settings)
+        rows.append([name, *(_spread(entry["mean"], entry["std"]) for entry in entries)])
+    for row in paper:
+        if row.few_shot:
+            values = ((row.few_shot.get(s), row.few_shot_std.get(s)) for s in settings)
+            rows.append([_paper_name(row), *(_spread(*pair) for pair in values)])
+    return ["few-shot top-1 (%)", *settings], rows
+
+
+def _transfer_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[str], Rows]:
+    names = list(next(iter(ours.values()))["datasets"])
+    rows: Rows = []
+    for name, result in ours.items():
+        for metric, words in (("top1", "top-1"), ("mean_per_class", "mean per class")):
+            values = [_percent(result["datasets"][d][metric]) for d in names]
+            rows.append([f"{name}, {words}", *values, _percent(result["average"][metric])])
+    for row in paper:
+        if row.transfer:
+            values = [_percent(row.transfer.get(d)) for d in names]
+            average = _percent(row.transfer["average"]) if len(names) == 9 else None
+            rows.append([_paper_name(row), *values, average])
+    return ["linear transfer (%)", *names, "average"], rows
+
+
+def _finetune_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[str], Rows]:
+    rows: Rows = []
+    for name, result in ours.items():
+        best = result["best"]
+        rows.append([name, _percent(best["top1"]), f"{best['lr']:g}", best["epoch"]])
+    for row in paper:
+        if "imagenet" in row.finetune:
+            rows.append([_paper_name(row), _percent(row.finetune["imagenet"]), None, None])
+    return ["fine-tuned top-1 (%)", "best on val", "lr", "epoch"], rows
+
+
+ROWS: dict[str, Callable[[Mapping[str, Any], Sequence[PaperRow]], tuple[list[str], Rows]]] = {
+    "knn": _knn_rows,
+    "linear": _linear_rows,
+    "few_shot": _few_shot_rows,
+    "transfer": _transfer_rows,
+    "finetune": _finetune_rows,
+}
+TITLES = {
+    "knn": "Nearest neighbours",
+    "linear": "Linear probes",
+    "few_shot": "Few-shot classification",
+    "transfer": "Linear transfer to small data sets",
+    "finetune": "Fine-tuning",
+}
+NOTES = {
+    "knn": "Weighted cosine votes of the k nearest training images. The paper sweeps k and finds 10 best.",
+    "linear": "Best on val is the number of the official code: epoch and learning rate chosen on the "
+    "validation set itself, so it is optimistic. The last epoch at the official learning rate was chosen "
+    "by nobody; held-out training images, where there are some, choose without looking at the test.",
+    "few_shot": "Mean and standard deviation over the splits of softmax regression on a few labelled images.",
+    "transfer": "Softmax regression on raw features; the l2 strength was chosen by cross-validation on "
+    "the training set alone. The paper's table says accuracy; both metrics are shown.",
+    "finetune": "The whole network trained with labels. The best validation epoch is optimistic.",
+}
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+
+
+def _knn_chart(ours: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes("k (neighbours)", "top-1 accuracy (%)")
+    for name, result in ours.items():
+        ks = _ks(result)
+        axes.plot([int(k[1:]) for k in ks], [result[k]["top1"] for k in ks], "o-", label=name)
+    axes.set_xscale("log")
+    ticks = [int(k[1:]) for k in _ks(next(iter(ours.values())))]
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    return figure
+
+
+def _linear_chart(ours: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes("learning rate (before batch / 256)", "top-1 after the last epoch (%)")
+    for name, result in ours.items():
+        for feature, report in result["features"].items():
+            lrs = [entry["lr"] for entry in report["last"]]
+            axes.plot(lrs, [e["top1"] for e in report["last"]], "o-", label=f"{name} [{feature}]")
+    axes.set_xscale("log")
+    axes.legend()
+    return figure
+
+
+def _transfer_chart(ours: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes("l2 strength", "cross-validated top-1 (%)")
+    first = next(iter(ours.values()))
+    for name, result in first["datasets"].items():
+        axes.plot(result["cv"]["weight_decay"], result["cv"]["top1"], label=name)
+    axes.set_xscale("log")
+    axes.legend(ncols=2, fontsize="small")
+    return figure
+
+
+CHARTS: dict[str, tuple[Callable[[Mapping[str, Any]], Figure], str]] = {
+    "knn": (_knn_chart, "Accuracy by the number of neighbours"),
+    "linear": (_linear_chart, "Last epoch of every learning rate of the grid"),
+    "transfer": (_transfer_chart, "What cross-validation saw, for the network itself"),
+}
+
+
+def _by_network(results: Results, evaluation: str) -> dict[str, Any]:
+    return {name: found[evaluation] for name, found in results.items() if evaluation in found}
+
+
+def text_table(results: Results, evaluation: str) -> str:
+    """Our rows of one evaluation as plain text, without the paper's.
+
+    Example:
+        >>> ours = {"DINO": {"knn": {"k10": {"top1": 50.0, "top5": 75.0}}}}
+        >>> print(text_table(ours, "knn"))
+        kNN top-1 (%)  k = 10
+        DINO            50.00
+        DINO, top-5     75.00
+    """
+    header, rows = ROWS[evaluation](_by_network(results, evaluation), [])
+    everything: Rows = [list(header), *rows]
+    cells = [["-" if cell is None else str(cell) for cell in row] for row in everything]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        rest = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([f"{row[0]:<{widths[0]}}", *rest]))
+    return "\n".join(lines)
+
+
+def evaluation_page(
+    results: Results, architecture: str | None, title: str, record: Mapping[str, Any]
+) -> Page:
+    """Lay out the results of a network and its baselines beside the paper's rows.
+
+    Args:
+        results: network (the evaluated one first, then baselines) to evaluation to result.
+        architecture: as ``ViTShape.name``; chooses the paper's rows.
+        title: of the page.
+        record: checkpoint, settings, versions, times, shown behind a click.
+    """
+    page = Page(title, str(record.get("subtitle", "")))
+    rows = paper_rows(architecture)
+    first = next(iter(results.values()))
+    for evaluation in first:
+        ours = _by_network(results, evaluation)
+        page.section(TITLES[evaluation])
+        page.text(NOTES[evaluation])
+        if evaluation in CHARTS:
+            draw, caption = CHARTS[evaluation]
+            page.charts((themed(lambda draw=draw, ours=ours: draw(ours)), caption))  # type: ignore[misc]
+        page.raw(table(*ROWS[evaluation](ours, rows)))
+    page.text(
+        f"Rows marked “{PAPER_LABEL}” are the paper's own numbers on ImageNet-1k (transfer: on the data "
+        "set named), not measured here. They compare only where data, resolution and schedule are the "
+        "paper's.",
+        note=True,
+    )
+    page.details("Checkpoint, settings and versions", json.dumps(record, indent=2, default=str))
+    return page

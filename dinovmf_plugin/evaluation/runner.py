@@ -1,0 +1,198 @@
+"""From a config to results.json and report.html: checks first, then one evaluation after the other."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dinovmf_plugin.evaluation.backbone import EvaluatedBackbone, load_evaluated, untrained_like
+from dinovmf_plugin.evaluation.processes import Processes, launched_processes
+from dinovmf_plugin.evaluation.report import evaluation_page, text_table
+from dinovmf_plugin.evaluation.run_folder import pick_device, versions, write_atomic, write_json
+from dinovmf_plugin.evaluation.runs import PREPARE, Run
+from dinovmf_plugin.evaluation.settings import EvaluationSettings
+from dinovmf_plugin.evaluation.workbench import Images, Workbench
+
+__all__ = ["all_versions", "evaluate", "evaluate_one", "keep_previous"]
+
+Results = Mapping[str, Any]
+
+
+def keep_previous(path: Path) -> Path | None:
+    """Moves an existing file aside (``results.json`` to ``results.1.json`` ...): nothing is overwritten.
+
+    Returns:
+        The new place, or None if there was no such file.
+    """
+    if not path.exists():
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def all_versions() -> dict[str, str]:
+    """Versions of everything that can move an accuracy."""
+    return {**versions(), "scikit-learn": version("scikit-learn")}
+
+
+def _networks(settings: EvaluationSettings) -> list[EvaluatedBackbone]:
+    main = load_evaluated(
+        settings.checkpoint,
+        which=settings.which,
+        model_name=settings.model_name,
+        num_heads=settings.num_heads,
+        seed=settings.seed,
+    )
+    baselines = {
+        "untrained": lambda: untrained_like(main, settings.seed),
+        "pixels": lambda: load_evaluated("pixels"),
+    }
+    networks = [main, *(baselines[name]() for name in settings.baselines)]
+    labels = [network.label for network in networks]
+    if len(set(labels)) < len(labels):
+        raise ValueError(
+            f"checkpoint={settings.checkpoint} with baselines={list(settings.baselines)} would compare "
+            f"a network with itself ({', '.join(labels)})"
+        )
+    return networks
+
+
+def _evaluate_network(
+    network: EvaluatedBackbone,
+    runs: Mapping[str, Run],
+    settings: EvaluationSettings,
+    images: Images,
+    processes: Processes,
+    device: torch.device,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (evaluation, result) as each is done."""
+    cache = Path(settings.cache_dir or Path(str(settings.output_dir)) / "features")
+    bench = Workbench(network, settings, images, device, cache, processes)
+    for name, run in runs.items():
+        started = time.monotonic()
+        result = run(bench)
+        result["settings"] = asdict(settings.sections[name])
+        result["seconds"] = round(time.monotonic() - started, 2)
+        yield name, result
+    network.model.to("cpu")
+
+
+def _side_by_side(results: Results, record: Results) -> dict[str, Any]:
+    return {**results, **record}
+
+
+def evaluate(
+    config: Mapping[str, Any],
+    evaluations: Sequence[str] | None = None,
+    file: str = "results",
+    layout: Callable[[Results, Results], dict[str, Any]] = _side_by_side,
+) -> dict[str, Any]:
+    """Run the chosen evaluations of one network, and of baselines beside it.
+
+    Writes ``FILE.json`` (after every evaluation, so that a stopped run loses only the current one),
+    ``FILE.html`` and the features into ``output_dir``. Under ``torchrun`` the images are shared between
+    the processes.
+
+    Args:
+        config: hydra's, or plain containers; see ``settings.EvaluationSettings`` and configs/evaluate.yaml.
+        evaluations: by default ``config["evaluations"]``.
+        file: stem of the written files.
+        layout: makes the content of the JSON file of the results and the record of the run.
+
+    Returns:
+        One key per evaluation, ``baselines`` (the same per baseline), ``checkpoint``, ``settings``,
+        ``versions``, ``started`` and ``seconds``.
+
+    Raises:
+        FileNotFoundError: if the checkpoint or a folder is missing.
+        ValueError: if a setting, the images or the network cannot be used.
+    """
+    if isinstance(config, DictConfig):
+        config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    settings = EvaluationSettings.from_config(config, evaluations)
+    device = pick_device(settings.device)
+    images = Images(settings)
+    runs = {
+        name: PREPARE[name](settings.sections[name], images, settings)
+        for name in settings.evaluations
+    }
+    networks = _networks(settings)
+    main = networks[0]
+    output = Path(str(settings.output_dir))
+    results: dict[str, Any] = {}
+    record: dict[str, Any] = {
+        "baselines": {network.label: {} for network in networks[1:]},
+        "checkpoint": main.record,
+        "settings": {key: value for key, value in config.items() if key != "hydra"},
+        "versions": all_versions(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": str(device),
+    }
+    started = time.monotonic()
+    with launched_processes(device) as processes:
+        record["processes"] = processes.world_size
+        first = processes.rank == 0
+        if first:
+            output.mkdir(parents=True, exist_ok=True)
+            for suffix in (".json", ".html"):
+                aside = keep_previous(output / f"{file}{suffix}")
+                if aside is not None:
+                    print(f"kept the previous {file}{suffix} as {aside.name}")
+        by_network: dict[str, dict[str, Any]] = {}
+        for network in networks:
+            found = by_network.setdefault(network.label, {})
+            pairs = _evaluate_network(network, runs, settings, images, processes, device)
+            for name, result in pairs:
+                found[name] = result
+                (results if network is main else record["baselines"][network.label])[name] = result
+                record["seconds"] = round(time.monotonic() - started, 2)
+                if first:
+                    write_json(output / f"{file}.json", layout(results, record))
+        if first:
+            for name in settings.evaluations:
+                print(text_table(by_network, name), end="\n\n")
+            architecture = main.shape.name if main.shape is not None else None
+            page = evaluation_page(
+                by_network, architecture, f"Evaluation of {main.label}", _page_record(record)
+            )
+            content = page.html().encode()
+            write_atomic(output / f"{file}.html", lambda handle: handle.write(content))
+            print(f"{output / file}.json, {output / file}.html")
+    return layout(results, record)
+
+
+def _page_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {key: value for key, value in record.items() if key != "baselines"}
+    checkpoint = record["checkpoint"]
+    words = [Path(str(checkpoint["checkpoint"])).name]
+    words += [str(checkpoint[key]) for key in ("which", "architecture") if key in checkpoint]
+    return {"subtitle": " · ".join(words), **json.loads(json.dumps(shown, default=str))}
+
+
+def evaluate_one(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Run a single evaluation; its result's keys (such as ``k10``) are at the top of ``NAME.json``.
+
+    The record of the run stays beside them, its whole config as ``run_settings``.
+    """
+
+    def flat(results: Results, record: Results) -> dict[str, Any]:
+        mine = dict(results[name])
+        beside = {key: value for key, value in record.items() if key not in mine}
+        beside["baselines"] = {
+            label: found[name] for label, found in record["baselines"].items() if name in found
+        }
+        return {**mine, **beside, "run_settings": record["settings"]}
+
+    return evaluate(config, [name], name, flat)

@@ -1,0 +1,27 @@
+r"""Several evaluations of one network in one report; see configs/evaluate.yaml.
+
+Example::
+
+    python scripts/evaluate.py checkpoint=last.ckpt data.train_path=DIR data.val_path=DIR \
+        output_dir=results evaluations=[knn,few_shot]
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from dinovmf_plugin.cli import one_clear_message
+
+
+@hydra.main(version_base="1.2", config_path="pkg://dinovmf_plugin.configs", config_name="evaluate")
+@one_clear_message
+def main(cfg: DictConfig) -> None:
+    """Run the evaluation and write its results."""
+    from dinovmf_plugin.evaluation.runner import evaluate
+
+    evaluate(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+from dataclasses import fields
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinovmf_plugin.evaluation.finetune_settings import FinetuneSettings
+from dinovmf_plugin.evaluation.settings import EVALUATIONS, EvaluationSettings
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("name", list(EVALUATIONS))
+def test_every_key_is_in_the_config_with_the_protocols_default(compose, name):
+    config = OmegaConf.to_container(compose("evaluate"))[name]
+    section = EVALUATIONS[name]()
+    assert config == {f.name: _plain(getattr(section, f.name)) for f in fields(section)}
+
+
+def test_the_common_keys_too(compose):
+    config = OmegaConf.to_container(compose("evaluate"))
+    settings = EvaluationSettings("x", "y", ["knn"], {})
+    assert config.pop("data") == {
+        f.name: getattr(settings.data, f.name) for f in fields(settings.data)
+    }
+    for name in EVALUATIONS:
+        del config[name]
+    assert config.pop("evaluations") == list(EVALUATIONS)
+    common = {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)}
+    for key in ("evaluations", "sections", "data"):
+        del common[key]
+    assert config == common | {"checkpoint": None, "output_dir": None}
+
+
+def test_the_protocols(compose):
+    config = compose("evaluate")
+    assert list(config.knn.ks) == [10, 20, 100, 200]
+    assert (config.knn.temperature, config.knn.interpolation) == (0.07, "bicubic")
+    assert (config.knn.resize, config.knn.crop_size) == (256, 224)
+    linear = config.linear
+    assert (linear.epochs, linear.batch_size, linear.momentum, linear.weight_decay) == (
+        100,
+        1024,
+        0.9,
+        0,
+    )
+    assert 0.001 in linear.lrs
+    assert (linear.min_scale, linear.train_interpolation, linear.interpolation) == (
+        0.08,
+        "bilinear",
+        "bicubic",
+    )
+    assert (config.few_shot.lambd, config.few_shot.interpolation) == (0.075, "bilinear")
+    assert config.few_shot.feature == "cls_pre_norm"
+    transfer = config.transfer
+    assert (transfer.log10_min, transfer.log10_max, transfer.num_values, transfer.folds) == (
+        -6,
+        5,
+        45,
+        5,
+    )
+    assert (transfer.resize, transfer.crop_size, transfer.interpolation) == (224, 224, "bicubic")
+
+
+def test_finetuning_recipes(compose):
+    small = OmegaConf.to_container(compose("finetune").finetune)
+    default = FinetuneSettings()
+    assert small == {f.name: _plain(getattr(default, f.name)) for f in fields(default)}
+    assert (small["epochs"], small["layer_decay"], small["drop_path"]) == (200, 0.75, 0.1)
+    assert small["lr"] == [8e-4, 9e-4, 1e-3, 2e-3]
+    base = compose("finetune", "evaluation/recipe=beit_base").finetune
+    assert (base.epochs, base.layer_decay, base.drop_path, base.batch_size) == (
+        100,
+        0.65,
+        0.2,
+        1024,
+    )
+    deit = compose("finetune", "evaluation/recipe=deit").finetune
+    assert (deit.epochs, deit.batch_size, deit.lr, deit.warmup_epochs) == (1000, 768, 7.5e-6, 5)
+    assert (deit.layer_decay, deit.repeated_aug, deit.weight_decay) == (None, 3, 0.05)
+    for recipe in (base, deit):
+        FinetuneSettings(**OmegaConf.to_container(recipe)).check()
+        assert (recipe.mixup, recipe.cutmix, recipe.smoothing) == (0.8, 1.0, 0.1)
+        assert recipe.auto_augment == "rand-m9-mstd0.5-inc1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["checkpoint=null"], "checkpoint=None must be set"),
+        (["output_dir=null"], "output_dir=None must be set"),
+        (["evaluations=[knnn]"], r"evaluations=\['knnn'\] must be some of"),
+        (["evaluations=[knn,knn]"], "each once"),
+        (["evaluations=[]"], "must be some of"),
+        (["baselines=[nothing]"], "baselines='nothing' must be one of"),
+        (["which=tutor"], "which='tutor' must be one of"),
+        (["precision=int8"], "precision='int8'"),
+        (["cache_dtype=int8"], "cache_dtype='int8'"),
+        (["data.format=tar"], "data.format='tar'"),
+        (["data.batch_size=0"], "data.batch_size=0 must be at least 1"),
+        (["data.num_workers=-1"], "data.num_workers=-1"),
+        (["knn.ks=[]"], r"knn.ks=\[\]"),
+        (["knn.temperature=0"], "knn.temperature=0"),
+        (["knn.crop_size=300"], "knn: the crop size"),
+        (["linear.lrs=[0]"], r"linear.lrs=\[0\]"),
+        (["linear.features=[]"], "at least one feature"),
+        (["linear.holdout=1"], "linear.holdout=1"),
+        (["linear.min_scale=0"], "linear.min_scale=0"),
+        (["linear.train_interpolation=box"], "linear.train_interpolation='box'"),
+        (["few_shot.counts=[0]"], r"few_shot.counts=\[0\]"),
+        (["few_shot.counts=[]", "few_shot.fraction=null"], "leave nothing to do"),
+        (["few_shot.fraction=2"], "few_shot.fraction=2"),
+        (["few_shot.lambd=0"], "few_shot.lambd=0"),
+        (["transfer.folds=1"], "transfer.folds=1 must be at least 2"),
+        (["transfer.select=best"], "transfer.select='best'"),
+        (["transfer.datasets=[dtd]"], "needs transfer.root"),
+    ],
+)
+def test_bad_values_name_their_key(compose, overrides, message):
+    config = compose("evaluate", "checkpoint=a", "output_dir=b", *overrides)
+    with pytest.raises(ValueError, match=message):
+        EvaluationSettings.from_config(OmegaConf.to_container(config))
+
+
+def test_unknown_keys_are_refused():
+    with pytest.raises(ValueError, match=r"unknown key knn\.kss: choose from"):
+        EvaluationSettings.from_config({"evaluations": ["knn"], "knn": {"kss": 1}})
+    with pytest.raises(ValueError, match="unknown key chekpoint"):
+        EvaluationSettings.from_config({"evaluations": ["knn"], "chekpoint": "x"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": [-1.0]}, "positive learning rates"),
+        ({"lr": []}, "positive learning rates"),
+        ({"warmup_epochs": 200}, "warmup_epochs=200 must be at least 0 and below epochs=200"),
+        ({"layer_decay": 1.5}, "layer_decay=1.5 must be between 0 and 1"),
+        ({"ema_decay": 0}, "ema_decay=0"),
+        ({"drop_path": 1.0}, "drop_path=1.0"),
+        ({"clip_grad": 0}, "clip_grad=0"),
+        ({"mixup": -1}, "mixup=-1"),
+        ({"batch_size": 3}, "batch_size=3 must be even"),
+        ({"dataset": "cifar10"}, "go together"),
+        ({"train_interpolation": "box"}, "train_interpolation='box'"),
+    ],
+)
+def test_bad_finetuning_values_name_their_key(change, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneSettings(**change).check()
