@@ -43,15 +43,16 @@ class Plan:
 def choose_plan(weight: Tensor, rows: int, dtype: torch.dtype, product: torch.dtype) -> Plan:
     """Strategy and sizes for ``rows`` student rows, sums in ``dtype``, products in ``product``.
 
-    On a CPU one block takes about the memory of the prototypes' own gradient, one chunk 1.5 MiB of
-    cache; elsewhere launches are what counts, so that blocks and chunks are large.
+    On a CPU one block takes about the memory of the prototypes' own gradient (at K = 65536), one chunk
+    4 MiB of cache; elsewhere launches are what counts, so that blocks and chunks are large.
     """
     num_prototypes, dim = weight.shape
     device = weight.device.type
-    block, chunk = (1 << 24, 3 << 17) if device == "cpu" else (1 << 28, 1 << 26)
+    block, chunk = (1 << 24, 1 << 20) if device == "cpu" else (1 << 28, 1 << 26)
     blocks = math.ceil(rows / max(block // num_prototypes, dim))
     block_rows = math.ceil(rows / blocks)
-    columns = min(max(chunk // block_rows // 256, 2) * 256, num_prototypes)
+    chunks = math.ceil(num_prototypes / max(chunk // max(block_rows, dim), 256))
+    columns = min(math.ceil(num_prototypes / chunks / 64) * 64, num_prototypes)
     operand = product if multiplies_natively(product, device) else dtype
     return Plan(blocks == 1, block_rows, columns, product, operand)
 
@@ -83,9 +84,9 @@ class Kernel:
     Args:
         y: student rows ``(rows, p)`` divided by the temperature, in the dtype of all sums.
         weight: ``(K, p)``.
-        factor: ``(K,)`` or None: the prototypes are ``factor_k weight_k``, or, if ``normed``,
-            ``factor_k weight_k / ||weight_k||``.
-        normed: see ``factor``.
+        scale: ``(K,)`` or None: the prototypes are ``scale_k weight_k``.
+        norms: ``||weight_k||`` ``(K,)``, if ``scale_k = magnitude_k / norms_k`` and the gradients are
+            to be those of weight and magnitude; None for those of weight and scale.
         bias: ``(K,)`` or None.
         targets: ``(teacher rows, K)``.
         plan: strategy and sizes.
@@ -95,25 +96,20 @@ class Kernel:
         self,
         y: Tensor,
         weight: Tensor,
-        factor: Tensor | None,
-        normed: bool,
+        scale: Tensor | None,
+        norms: Tensor | None,
         bias: Tensor | None,
         targets: Tensor,
         plan: Plan,
     ) -> None:
-        self.y, self.weight, self.factor, self.bias, self.targets = y, weight, factor, bias, targets
+        self.y, self.weight, self.scale, self.norms = y, weight, scale, norms
+        self.bias, self.targets = bias, targets
         self.operand = plan.operand
         # float16 would flush targets of 1e-8 to 0; theirs is a small part of the work
         self.target_operand = y.dtype if plan.operand == torch.float16 else plan.operand
         size, k = plan.columns, weight.shape[0]
         self.chunks = [(lo, min(lo + size, k)) for lo in range(0, k, size)]
         self.scratch = y.new_empty(min(size, k), weight.shape[1])
-        self.norms = None
-        self.scale = factor
-        if normed and factor is not None:
-            self.norms = torch.linalg.vector_norm(weight, dim=1, dtype=y.dtype)
-            self.norms.clamp_min_(1e-12)
-            self.scale = factor / self.norms
 
     def prototypes(self, lo: int, hi: int) -> Tensor:
         """Effective prototypes of one chunk, as operand."""
@@ -194,43 +190,43 @@ class Kernel:
         for (lo, hi), factor in zip(self.chunks, factors, strict=True):
             e = stored[lo:hi].to(self.operand)
             t = self.targets[:, lo:hi].to(self.target_operand).t()
-            if grads.bias is not None:
+            if grads.weight is not None:
+                d, rows = grads.weight[lo:hi], factor[:, None] * y
+                if self.operand == torch.float16:  # would flush 1e-8 to 0
+                    peak = rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)
+                    part = self.scratch[: hi - lo]
+                    _addmm(part, e, (rows / peak).to(self.operand), beta=0).mul_(peak)
+                    torch.add(part, d, alpha=beta, out=d)
+                else:
+                    _addmm(d, e, rows.to(self.operand), beta=beta)
+                if first:
+                    _addmm(d, t, mixed.to(self.target_operand), beta=1, alpha=-1)
+                if last:
+                    self._finish(grads.weight, grads.factor, lo, hi)
+            if grads.bias is not None:  # after the product: e is in cache now
                 b = grads.bias[lo:hi]
                 torch.addmv(b, e.to(y.dtype), factor, beta=beta, out=b)
                 if first:
                     b.addmv_(t.to(y.dtype), mass, alpha=-1)
-            if grads.weight is None:
-                continue
-            d, rows = grads.weight[lo:hi], factor[:, None] * y
-            if self.operand == torch.float16:  # would flush 1e-8 to 0
-                peak = rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)
-                part = _addmm(self.scratch[: hi - lo], e, (rows / peak).to(self.operand), beta=0)
-                torch.add(part.mul_(peak), d, alpha=beta, out=d)
-            else:
-                _addmm(d, e, rows.to(self.operand), beta=beta)
-            if first:
-                _addmm(d, t, mixed.to(self.target_operand), beta=1, alpha=-1)
-            if last:
-                self._finish(grads, lo, hi)
 
-    def _finish(self, grads: PrototypeGradients, lo: int, hi: int) -> None:
-        """From the gradient of the effective prototypes to that of weight and factor."""
-        if grads.weight is None or self.scale is None:
+    def _finish(self, grad: Tensor, grad_factor: Tensor | None, lo: int, hi: int) -> None:
+        """From the gradient of the effective prototypes to those of weight and factor."""
+        if self.scale is None:
             return
-        d, v = grads.weight[lo:hi], self.weight[lo:hi]
-        if grads.factor is not None or self.norms is not None:
+        d, v = grad[lo:hi], self.weight[lo:hi]
+        if grad_factor is not None or self.norms is not None:
             along = torch.mul(d, v, out=self.scratch[: hi - lo]).sum(dim=1)
             if self.norms is not None:
                 norms = self.norms[lo:hi]
                 along.div_(norms)
                 d.addcmul_(v, (along / norms)[:, None], value=-1)
-            if grads.factor is not None:
-                grads.factor[lo:hi] = along
+            if grad_factor is not None:
+                grad_factor[lo:hi] = along
         d.mul_(self.scale[lo:hi, None])
 
 
 class PrototypeGradients:
-    """Unwritten gradients of weight, factor and bias; None where not wanted.
+    """Unwritten gradients of weight, factor (scale or magnitude) and bias; None where not wanted.
 
     Args:
         kernel: gives shapes, dtype and device.

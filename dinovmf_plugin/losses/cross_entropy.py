@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dinovmf_plugin.losses.chunked import Kernel, Plan, PrototypeGradients, choose_plan
 
@@ -43,7 +42,11 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             k, dim = weight.shape
             views = embeddings.to(pair_weights.dtype) / temperature
             y = views.reshape(-1, dim)
-            kernel = Kernel(y, weight, factor, normed, bias, targets.reshape(-1, k), plan)
+            scale, norms = factor, None
+            if normed and factor is not None:
+                norms = torch.linalg.vector_norm(weight, dim=1, dtype=y.dtype).clamp_min_(1e-12)
+                scale = factor / norms
+            kernel = Kernel(y, weight, scale, norms, bias, targets.reshape(-1, k), plan)
             mixed = torch.einsum("vq,n,vnp->qnp", pair_weights, row_weights, views)
             mixed = mixed.reshape(-1, dim)
             mass = (pair_weights.sum(0)[:, None] * row_weights).reshape(-1)
@@ -83,36 +86,48 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
                 teacher = target_mean.view(targets.shape[0], -1, dim)
                 pulled = torch.einsum("vq,n,qnp->vnp", pair_weights, row_weights, teacher)
                 grad_y = mean.mul_(share[:, None]).view_as(views).sub_(pulled).div_(temperature)
-            ctx.needs, ctx.plan, ctx.normed = needs, plan, normed
+            ctx.needs, ctx.plan = needs, plan
             ctx.dtypes = [
                 None if x is None else x.dtype for x in (embeddings, weight, factor, bias)
             ]
             ctx.ready = None
             if waits:
-                ctx.save_for_backward(
-                    *(grad_y, y, weight, factor, bias, kernel.targets), stored, factors, mixed, mass
-                )
+                inputs = (y, weight, scale, norms, bias, kernel.targets)
+                ctx.save_for_backward(grad_y, *inputs, stored, factors, mixed, mass)
             elif any(needs):
                 ctx.ready = [grad_y, *([None] * 3 if grads is None else grads.wanted())]
             return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        with torch.autocast(grad.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             if any(ctx.needs[1:]) and ctx.plan.keep:
-                grad_y, *saved, stored, factors, mixed, mass = ctx.saved_tensors
-                y, weight, factor, bias, targets = saved
-                kernel = Kernel(y, weight, factor, ctx.normed, bias, targets, ctx.plan)
+                grad_y, y, weight, *rest, stored, factors, mixed, mass = ctx.saved_tensors
+                scale, norms, bias, targets = rest
+                kernel = Kernel(y, weight, scale, norms, bias, targets, ctx.plan)
                 grads = PrototypeGradients(kernel, ctx.needs[1:])
                 kernel.add_gradients(grads, y, stored, factors * grad, mixed * grad, mass * grad)
                 out = [None if grad_y is None else grad_y * grad, *grads.wanted()]
             else:
                 out = _multiplied(ctx, grad)
-            cast = [
+            out = [
                 None if g is None else g.to(dtype) for g, dtype in zip(out, ctx.dtypes, strict=True)
             ]
-            return (*cast, *([None] * 7))
+        if torch.is_grad_enabled():  # create_graph=True
+            out = [None if g is None else _FirstDerivative.apply(g.requires_grad_()) for g in out]
+        return (*out, *([None] * 7))
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Passes a gradient on; differentiating it again is an error instead of silently 0."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError("prototype_cross_entropy has no second derivative")
 
 
 def _multiplied(ctx: Any, grad: Tensor) -> list[Tensor | None]:
