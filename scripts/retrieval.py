@@ -10,16 +10,16 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.evaluation.retrieval_run import (
-    RetrievalSettings,
-    evaluate_retrieval,
-    format_scores,
-)
+from dinovmf_plugin.cli import one_clear_message
 
 
-@hydra.main(config_path="pkg://dinovmf_plugin.configs", config_name="retrieval", version_base="1.2")
+@hydra.main(version_base="1.2", config_path="pkg://dinovmf_plugin.configs", config_name="retrieval")
+@one_clear_message
 def main(cfg: DictConfig) -> None:
-    """Evaluate and print the scores."""
+    """Run the evaluation, write its results and print the scores."""
+    from dinovmf_plugin.evaluation.retrieval_page import format_scores
+    from dinovmf_plugin.evaluation.retrieval_run import RetrievalSettings, evaluate_retrieval
+
     settings = RetrievalSettings(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     print(format_scores(evaluate_retrieval(settings)))
 

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinovmf_plugin.checkpoints import load_backbone
-from dinovmf_plugin.checkpoints.reading import resolve_file
+from dinovmf_plugin.evaluation.dense import load_evaluated_vit
 from dinovmf_plugin.evaluation.descriptors import ExtractionReport, ImageFiles, extract_descriptors
 from dinovmf_plugin.evaluation.retrieval import (
     DIFFICULTIES,
@@ -23,6 +22,7 @@ from dinovmf_plugin.evaluation.retrieval import (
 )
 from dinovmf_plugin.evaluation.retrieval_data import RetrievalSet, load_retrieval_set
 from dinovmf_plugin.evaluation.retrieval_figure import draw_rankings
+from dinovmf_plugin.evaluation.retrieval_page import retrieval_page
 from dinovmf_plugin.evaluation.run_folder import (
     file_digest,
     open_run_folder,
@@ -32,7 +32,7 @@ from dinovmf_plugin.evaluation.run_folder import (
     write_json,
 )
 
-__all__ = ["RetrievalSettings", "evaluate_retrieval", "format_scores"]
+__all__ = ["RetrievalSettings", "evaluate_retrieval"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class RetrievalSettings:
     which: Literal["teacher", "student"] = "teacher"
     model_name: str | None = None
     num_heads: int | None = None
+    seed: int = 0
     imsize: int | None = 224
     scales: Sequence[float] = (1.0,)
     query_boxes: bool = False
@@ -64,8 +65,6 @@ class RetrievalSettings:
         for key in ("checkpoint", "data_path", "output_dir"):
             if not getattr(self, key):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be set to a path")
-        if self.which not in ("teacher", "student"):
-            raise ValueError(f"which={self.which!r} must be teacher or student")
         if self.imsize is not None and self.imsize < 16:
             raise ValueError(f"imsize={self.imsize} must be at least 16 pixels, or null")
         if not self.scales or any(not 0 < scale <= 4 for scale in self.scales):
@@ -107,6 +106,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     """Rank the database for every query by the backbone's CLS token and score the rankings.
 
     Writes ``results.json`` (scores as fractions, settings, speed, versions, AP of every query),
+    ``report.html``,
     ``rankings.png`` and the descriptors into ``output_dir``; a stopped run continues there.
 
     Returns:
@@ -117,29 +117,25 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         ValueError: if a setting, the ground truth or the output folder cannot be used.
     """
     settings.check()
-    checkpoint = resolve_file(str(settings.checkpoint))
     device = pick_device(settings.device)
     data = load_retrieval_set(str(settings.data_path), settings.dataset)
     shown, boxes = _shown(settings, data), _boxes(settings, data)
+    network = load_evaluated_vit(
+        settings.checkpoint,
+        which=settings.which,
+        model_name=settings.model_name,
+        num_heads=settings.num_heads,
+        seed=settings.seed,
+    )
     bound = {
         "task": "retrieval",
-        "checkpoint_sha256": file_digest(checkpoint),
-        "which": settings.which,
-        "model_name": settings.model_name,
-        "num_heads": settings.num_heads,
+        "network": network.identity,
         "data": str(data.folder.resolve()),
         "ground_truth_sha256": file_digest(data.truth_path),
         "imsize": settings.imsize,
         "scales": [float(scale) for scale in settings.scales],
         "query_boxes": settings.query_boxes,
     }
-    vit, report = load_backbone(
-        checkpoint,
-        which=settings.which,
-        model_name=settings.model_name,
-        num_heads=settings.num_heads,
-    )
-    # Only now: a file that does not load must not bind the folder to itself.
     folder = open_run_folder(str(settings.output_dir), bound)
     features: dict[str, NDArray[np.float32]] = {}
     speed: dict[str, ExtractionReport] = {}
@@ -149,7 +145,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     ):
         files = ImageFiles([data.image_path(name) for name in names], settings.imsize, crop)
         features[kind], speed[kind] = extract_descriptors(
-            vit,
+            network.model,
             files,
             folder / "descriptors" / kind,
             scales=settings.scales,
@@ -164,38 +160,20 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     results = {
         "task": "retrieval",
         "dataset": settings.dataset,
-        "checkpoint": str(checkpoint),
+        "checkpoint": network.record,
         "settings": bound,
         "descriptor": "CLS after the final norm, mean over scales, l2",
         "scores": revisited_scores(ranks, data.ground_truth),
         "average_precision": _per_query(data, ranks),
         "speed": {**speed, "device": str(device)},
         "images": {"database": len(data.database), "queries": len(data.queries)},
-        "load_report": str(report),
         "versions": versions(),
     }
     write_json(folder / "results.json", results)
     if shown:
         sheet = draw_rankings(data, np.asarray(ranks), shown)
         write_atomic(folder / "rankings.png", lambda file: sheet.save(file, format="PNG"))
+    architecture = network.shape.name if network.shape is not None else None
+    page = retrieval_page(results, network.label, architecture, sheet if shown else None)
+    write_atomic(folder / "report.html", lambda file: file.write(page.encode()))
     return results
-
-
-def format_scores(results: dict[str, Any]) -> str:
-    """The scores as a table in percent.
-
-    Example:
-        >>> score = {"mAP": 0.5, "mP@1": 1.0, "mP@5": float("nan"), "mP@10": 0.25}
-        >>> print(format_scores({"dataset": "tiny", "scores": {"easy": score}}))
-        tiny       mAP   mP@1   mP@5  mP@10
-        easy      50.0  100.0    nan   25.0
-    """
-    scores = results["scores"]
-    columns = list(next(iter(scores.values())))
-    width = max(8, len(results["dataset"]))
-    lines = [f"{results['dataset']:<{width}}" + "".join(f"{name:>7}" for name in columns)]
-    lines += [
-        f"{difficulty:<{width}}" + "".join(f"{100 * score[name]:>7.1f}" for name in columns)
-        for difficulty, score in scores.items()
-    ]
-    return "\n".join(lines)

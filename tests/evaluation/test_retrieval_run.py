@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from timm.models import VisionTransformer
 from torch.nn import functional as F
@@ -16,11 +21,8 @@ from dinovmf_plugin.evaluation import descriptors
 from dinovmf_plugin.evaluation.descriptors import DINO_SCALES, global_descriptor
 from dinovmf_plugin.evaluation.retrieval import rank_database, revisited_scores
 from dinovmf_plugin.evaluation.retrieval_data import load_retrieval_set, read_image
-from dinovmf_plugin.evaluation.retrieval_run import (
-    RetrievalSettings,
-    evaluate_retrieval,
-    format_scores,
-)
+from dinovmf_plugin.evaluation.retrieval_page import format_scores
+from dinovmf_plugin.evaluation.retrieval_run import RetrievalSettings, evaluate_retrieval
 
 SIDE = 32
 PLACES = ("abbey", "bridge", "castle")
@@ -75,7 +77,11 @@ def data(tmp_path):
 
 
 def settings(data, weights, out, **changes):
-    given = {"checkpoint": weights, "data_path": data.parent, "output_dir": out}
+    given = {
+        "checkpoint": weights if weights is None else str(weights),
+        "data_path": str(data.parent),
+        "output_dir": str(out),
+    }
     given |= {"imsize": SIDE, "device": "cpu", "num_workers": 0, "show": 2}
     return RetrievalSettings(**(given | changes))
 
@@ -145,6 +151,12 @@ def test_evaluate__equals_timm_on_the_same_files(tmp_path, data, checkpoint):
     assert written["versions"]["torch"] == torch.__version__
     with Image.open(tmp_path / "out" / "rankings.png") as sheet:
         assert sheet.size == (11 * 124 + 4, 2 * 124 + 4)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Retrieval on roxford5k: checkpoint" in page
+    assert f"<td>{100 * results['scores']['hard']['mAP']:.1f}</td>" in page
+    assert "DINO-vMF vit_base/16, paper" in page
+    assert "data:image/jpeg;base64," in page
+    assert "http" not in page  # self-contained
     assert format_scores(results).splitlines()[0].split() == [
         "roxford5k", "mAP", "mP@1", "mP@5", "mP@10",
     ]  # fmt: skip
@@ -278,6 +290,43 @@ def test_bad_settings__one_sentence_and_no_folder(
     with pytest.raises(error, match=message):
         evaluate_retrieval(settings(data, checkpoint, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_baselines__untrained_by_name_but_not_pixels(tmp_path, data):
+    name = "random:vit_tiny_patch16_224"
+    results = evaluate_retrieval(settings(data, name, tmp_path / "out", show=0))
+    assert results["checkpoint"]["checkpoint"] == "untrained vit_tiny_patch16_224 seed 0"
+    assert not (tmp_path / "out" / "rankings.png").exists()
+    with pytest.raises(ValueError, match="seed 0', is now 'untrained vit_tiny_patch16_224 seed 1"):
+        evaluate_retrieval(settings(data, name, tmp_path / "out", seed=1))
+    with pytest.raises(ValueError, match="checkpoint=pixels has no patch tokens"):
+        evaluate_retrieval(settings(data, "pixels", tmp_path / "pixels"))
+
+
+def test_script__from_any_folder_and_bad_input_ends_in_one_sentence(
+    tmp_path, data, checkpoint, monkeypatch, capsys
+):
+    script = str(Path(__file__).resolve().parents[2] / "scripts" / "retrieval.py")
+    given = [f"checkpoint={checkpoint}", f"data_path={data.parent}", "imsize=32", "num_workers=1"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *given, "output_dir=out", "scales=[1.0,0.7071]"])
+    runpy.run_path(script, run_name="__main__")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["scales"] == [1.0, 0.7071]
+    assert format_scores(results) in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [script, *given])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(script, run_name="__main__")
+    assert stopped.value.code == 2
+    assert "error: output_dir=None must be set to a path\n" in capsys.readouterr().err
+
+
+def test_config__names_every_setting_with_its_default():
+    path = Path(__file__).resolve().parents[2] / "configs" / "retrieval.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    del config["defaults"], config["hydra"]
+    defaults = asdict(RetrievalSettings(checkpoint=None, data_path=None, output_dir=None))
+    assert config == {**defaults, "scales": [1.0]}
 
 
 def test_query_boxes__missing_box(tmp_path, data, checkpoint):

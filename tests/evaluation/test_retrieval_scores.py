@@ -53,9 +53,20 @@ def random_problem(rng):
     return ranking, images[:n_pos], images[n_pos : n_pos + n_junk]
 
 
-def test_average_precision__4000_random_rankings_with_junk():
+def test_query_scores__3000_random_rankings_with_junk():
     rng = np.random.default_rng(0)
-    for _ in range(4000):
+    for _ in range(3000):
+        ranking, positives, junk = random_problem(rng)
+        area, precisions = walk(ranking.tolist(), set(positives.tolist()), set(junk.tolist()))
+        scores = query_scores(ranking[:, None], [positives], [junk])
+        assert list(scores) == ["AP", "P@1", "P@5", "P@10"]
+        got = [values[0] for values in scores.values()]
+        np.testing.assert_allclose(got, [area, *precisions], atol=1e-12)
+
+
+def test_single_query_functions__are_the_same_numbers():
+    rng = np.random.default_rng(6)
+    for _ in range(50):
         ranking, positives, junk = random_problem(rng)
         area, precisions = walk(ranking.tolist(), set(positives.tolist()), set(junk.tolist()))
         assert average_precision(ranking, positives, junk) == pytest.approx(area, abs=1e-12)

@@ -1,0 +1,30 @@
+"""DAVIS-2017 video segmentation with frozen features; see configs/video_segmentation.yaml.
+
+Example::
+
+    python scripts/video_segmentation.py checkpoint=last.ckpt data_path=DAVIS output_dir=results/davis
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from dinovmf_plugin.cli import one_clear_message
+
+
+@hydra.main(
+    version_base="1.2", config_path="pkg://dinovmf_plugin.configs", config_name="video_segmentation"
+)
+@one_clear_message
+def main(cfg: DictConfig) -> None:
+    """Run the evaluation, write its results and print the scores."""
+    from dinovmf_plugin.evaluation.video_report import format_table
+    from dinovmf_plugin.evaluation.video_run import VideoSettings, evaluate_video_segmentation
+
+    settings = VideoSettings(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    print(format_table(evaluate_video_segmentation(settings)))
+
+
+if __name__ == "__main__":
+    main()
