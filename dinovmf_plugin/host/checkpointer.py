@@ -128,8 +128,11 @@ class Checkpointer(_HostCheckpointer):
         self.path = _folder(cfg)
         self.last_ckpt: Path | None = None
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Choose the folder; ``pl_module.run_folder`` tells it to the other callbacks."""
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Choose the folder; ``pl_module.run_folder`` tells it to the other callbacks.
+
+        Not in ``setup``, where Lightning does not know yet that it is going to resume.
+        """
         given = self.cfg.checkpoint.get("folder")
         path = given or choose_folder(self.cfg, trainer.ckpt_path)
         self.path = Path(trainer.strategy.broadcast(str(path)))

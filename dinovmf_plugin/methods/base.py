@@ -43,8 +43,14 @@ class DistillationOutput:
     scalars: dict[str, float | Tensor]
 
 
+_REMEDY = (
+    "the last checkpoint is untouched. Lower optimizer.lr, train with precision=bf16-mixed instead of "
+    "16-mixed, or set method_kwargs.clip_grad (DINO ViT-B: 0.3)"
+)
+
+
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite: training stops before the weights do."""
+    """The loss (or a weight) became NaN or infinite: training stops before a checkpoint is lost."""
 
 
 def forward_by_size(forward: Any, crops: list[Tensor]) -> list[Tensor]:
@@ -77,7 +83,7 @@ class SelfDistillation(BaseMomentumMethod):
 
     Differs from upstream (solo-learn's base): crops of one size share one forward; the EMA coefficient is
     a function of the step, so that it survives a resume; validation looks at the teacher; labels are
-    optional; per-epoch seeds make the randomness of a resumed run that of an uninterrupted one.
+    optional; seeds per step make the randomness of a resumed run that of an uninterrupted one.
     """
 
     settings_class: ClassVar[type[MethodSettings]] = MethodSettings
@@ -243,10 +249,11 @@ class SelfDistillation(BaseMomentumMethod):
         if torch.isfinite(loss.detach()):
             return
         raise NonFiniteLossError(
-            f"the loss became {float(loss.detach())} at step {self.trainer.global_step} (epoch "
-            f"{self.current_epoch}); the last checkpoint is untouched. Lower optimizer.lr, train with "
-            "precision=bf16-mixed instead of 16-mixed, or set method_kwargs.clip_grad (DINO ViT-B: 0.3)"
+            f"the loss became {float(loss.detach())} {self._where()} {_REMEDY}"
         )
+
+    def _where(self) -> str:
+        return f"at step {self.trainer.global_step} (epoch {self.current_epoch});"
 
     def online_classifier_loss(self, features: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of a linear probe on detached features; logs its accuracy.
@@ -308,7 +315,12 @@ class SelfDistillation(BaseMomentumMethod):
         return self.total_steps
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set learning rate and weight decay of the coming optimiser step."""
+        """Set learning rate and weight decay of the coming optimiser step, and seed drop path.
+
+        Seeded by (seed, epoch, batch, rank): how much loaders and others have drawn from torch's generator
+        by now differs between a resumed and an uninterrupted run.
+        """
+        torch.manual_seed(self.derived_seed(self.current_epoch, batch_idx, self.global_rank, 2))
         final = self.settings.final_weight_decay
         optimization.update_schedules(
             self.optimizers(use_pl_optimizer=False),
@@ -357,12 +369,12 @@ class SelfDistillation(BaseMomentumMethod):
             per_rank: False if every rank is to draw the same.
         """
         rank = self.global_rank if per_rank else 0
-        # the last number keeps this stream apart from the epoch's own
+        # the last number keeps this stream apart from those of the epoch and of drop path
         seed = self.derived_seed(self.current_epoch, self._batch_index, rank, 1)
         return torch.Generator(self.device).manual_seed(seed)
 
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch by (seed, epoch, rank): a resumed run draws what it would have drawn."""
+        """Seed the generators that loaders draw from by (seed, epoch, rank)."""
         seed = self.derived_seed(self.current_epoch, self.global_rank)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (libraries draw from the global generator)
@@ -422,7 +434,17 @@ class SelfDistillation(BaseMomentumMethod):
         return method_callbacks(self.cfg, self.settings)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the resolved config as plain containers: the file can be read on its own."""
+        """Store the resolved config as plain containers: the file can be read on its own.
+
+        Raises:
+            NonFiniteLossError: instead of replacing a good checkpoint by NaN weights (a finite loss may have
+                a gradient that is not, and be the last one of its epoch).
+        """
+        for name, parameter in self.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteLossError(
+                    f"{name} has NaN or infinite values {self._where()} {_REMEDY}"
+                )
         cfg = OmegaConf.to_container(self.cfg, resolve=True)
         checkpoint["dinovmf_plugin"] = {"version": __version__, "cfg": cfg}
 
@@ -435,7 +457,14 @@ class SelfDistillation(BaseMomentumMethod):
         saved = checkpoint.get("dinovmf_plugin", {}).get("cfg")
         if saved is None:
             return
-        keys = ("proj_hidden_dim", "proj_output_dim", "num_prototypes", "normalization")
+        # the centre of one centring means nothing to another
+        keys = (
+            "proj_hidden_dim",
+            "proj_output_dim",
+            "num_prototypes",
+            "normalization",
+            "centering",
+        )
         for key in ("method", "backbone.name", *(f"method_kwargs.{key}" for key in keys)):
             old = OmegaConf.select(OmegaConf.create(saved), key)
             new = OmegaConf.select(self.cfg, key)
