@@ -22,6 +22,7 @@ def main(cfg: DictConfig) -> None:
 
     settings = RetrievalSettings(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     print(format_scores(evaluate_retrieval(settings)))
+    print(f"{settings.output_dir}/results.json, {settings.output_dir}/report.html")
 
 
 if __name__ == "__main__":

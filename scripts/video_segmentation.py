@@ -24,6 +24,7 @@ def main(cfg: DictConfig) -> None:
 
     settings = VideoSettings(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     print(format_table(evaluate_video_segmentation(settings)))
+    print(f"{settings.output_dir}/results.json, {settings.output_dir}/report.html")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def _score_rows(
     for method, name in of_architecture(PAPER_RETRIEVAL, architecture):
         if dataset in PAPER_RETRIEVAL[method, name]:
             medium, hard = PAPER_RETRIEVAL[method, name][dataset]
-            rows.append([f"{method} {name}, paper (ImageNet)", None, medium, hard])
+            rows.append(
+                [f"{method} {name}, paper (ImageNet)", None, f"{medium:.1f}", f"{hard:.1f}"]
+            )
     return rows
 
 

@@ -131,13 +131,18 @@ def video_page(
     ]
     for method, name in of_architecture(PAPER_VIDEO, architecture):
         both, region, contour = PAPER_VIDEO[method, name]
-        known = {"J&F-Mean": both, "J-Mean": region, "F-Mean": contour}
+        known = {
+            "J&F-Mean": f"{both:.1f}",
+            "J-Mean": f"{region:.1f}",
+            "F-Mean": f"{contour:.1f}",
+        }
         rows.append(
             [f"{method} {name}, paper (ImageNet)", *(known.get(column) for column in columns)]
         )
     page.raw(table(["(%)", *columns], rows))
     page.text(
-        "The paper's rows are its own numbers (Table 7, ImageNet-1k, DAVIS-2017 val), not measured here. "
+        "The paper's rows are its own numbers (Table 7, ImageNet-1k, DAVIS-2017 val), not measured here; "
+        "they compare only on that data. "
         "J is the overlap, F the agreement of the contours; recall counts frames above 50 %, decay is the "
         "loss from the first quarter of a video to the last.",
         note=True,
