@@ -163,6 +163,7 @@ class DALILoader(ResumableLoader):
         num_threads: int = 4,
     ) -> None:
         super().__init__(plan)
+        self.recipe = recipe
         self._images = images
         self._runner = _Runner(
             images,

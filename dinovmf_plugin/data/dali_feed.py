@@ -22,7 +22,7 @@ from dinovmf_plugin.data.color import color_matrices
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.folders import ImageFolder
 from dinovmf_plugin.data.parameters import UNIFORMS_PER_CROP, draw_parameters
-from dinovmf_plugin.data.recipe import Recipe
+from dinovmf_plugin.data.recipe import Crop, Recipe
 from dinovmf_plugin.data.sampling import sample_uniforms
 
 Indices = npt.NDArray[np.int64]
@@ -95,8 +95,33 @@ Inputs = tuple[Any, ...]
 """Values of the pipeline's inputs for one batch: the encoded images first."""
 
 
+def input_names(crop: Crop) -> tuple[str, ...]:
+    """Names of the inputs that a crop's graph needs, one value per image each.
+
+    ``start`` and ``end`` are ``(2,)`` float32, first row and column of the box and one past the
+    last, swapped to mirror. ``colored``, ``blurred``, ``solarized`` and ``equalized`` are bool;
+    ``pixel_matrix`` and ``mean_matrix`` are the ``(3, 3)`` float32 matrices of
+    :func:`dinovmf_plugin.data.color.color_matrices`; ``radius`` is the blur's standard deviation in
+    pixels.
+
+    Example:
+        >>> input_names(Crop(size=96, scale=(0.05, 0.25), blur_prob=0.5))
+        ('start', 'end', 'blurred', 'radius')
+    """
+    names = ["start", "end"]
+    if crop.jitter_prob > 0 or crop.gray_prob > 0:
+        names += ["colored", "pixel_matrix", "mean_matrix"]
+    if crop.blur_prob > 0:
+        names += ["blurred", "radius"]
+    if crop.solarize_prob > 0:
+        names += ["solarized"]
+    if crop.equalize_prob > 0:
+        names += ["equalized"]
+    return tuple(names)
+
+
 def crop_inputs(batch: EncodedBatch, recipe: Recipe, *, seed: int, epoch: int) -> Inputs:
-    """Inputs of the training pipeline: the encoded images, then the inputs of each crop.
+    """Inputs of the training pipeline: the encoded images, then those of each crop.
 
     Args:
         batch: encoded images.
@@ -105,27 +130,33 @@ def crop_inputs(batch: EncodedBatch, recipe: Recipe, *, seed: int, epoch: int) -
         epoch: epoch.
 
     Returns:
-        Flat tuple; per crop the values of :class:`dinovmf_plugin.data.dali_pipeline.CropInputs` in
-        its order.
+        Flat tuple; per crop the values that :func:`input_names` lists.
     """
     shape = (len(batch.indices), len(recipe), UNIFORMS_PER_CROP)
     size = shape[1] * shape[2]
-    uniforms = np.stack(
-        [sample_uniforms(seed, epoch, int(i), size) for i in batch.indices]
-    ).reshape(shape)
-    drawn = draw_parameters(recipe, uniforms, batch.heights, batch.widths)
-    pixel, mean = color_matrices(drawn)
+    uniforms = np.stack([sample_uniforms(seed, epoch, int(i), size) for i in batch.indices])
+    drawn = draw_parameters(recipe, uniforms.reshape(shape), batch.heights, batch.widths)
     right, bottom = drawn.left + drawn.width, drawn.top + drawn.height
-    # DALI mirrors where the end lies before the start.
-    start = np.stack([drawn.top, np.where(drawn.flip, right, drawn.left)], axis=-1).astype(
-        np.float32
-    )
-    end = np.stack([bottom, np.where(drawn.flip, drawn.left, right)], axis=-1).astype(np.float32)
-    colored = drawn.jitter | drawn.gray
+    start = np.stack([drawn.top, np.where(drawn.flip, right, drawn.left)], axis=-1)
+    end = np.stack([bottom, np.where(drawn.flip, drawn.left, right)], axis=-1)
+    pixel, mean = color_matrices(drawn)
     blurred = drawn.blur_radius > 0
-    radius = np.where(blurred, drawn.blur_radius, 1.0).astype(np.float32)
-    values = (start, end, colored, pixel, mean, blurred, radius, drawn.solarize, drawn.equalize)
-    per_crop = [np.ascontiguousarray(value[:, n]) for n in range(len(recipe)) for value in values]
+    values = {
+        "start": start.astype(np.float32),
+        "end": end.astype(np.float32),
+        "colored": drawn.jitter | drawn.gray,
+        "pixel_matrix": pixel,
+        "mean_matrix": mean,
+        "blurred": blurred,
+        "radius": np.where(blurred, drawn.blur_radius, 1.0).astype(np.float32),
+        "solarized": drawn.solarize,
+        "equalized": drawn.equalize,
+    }
+    per_crop = [
+        np.ascontiguousarray(values[name][:, n])
+        for n, crop in enumerate(recipe)
+        for name in input_names(crop)
+    ]
     return (batch.encoded, *per_crop)
 
 

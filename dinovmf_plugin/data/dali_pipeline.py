@@ -12,11 +12,12 @@ operations of ``transforms.make_crop``:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import nvidia.dali.math as dali_math
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
+from dinovmf_plugin.data.dali_feed import input_names
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.recipe import Crop, Recipe
 
@@ -31,30 +32,8 @@ Node = Any
 """A node of a DALI graph."""
 
 
-class CropInputs(NamedTuple):
-    """Inputs of one crop, one value per image.
-
-    Attributes:
-        start: ``(2,)`` float32, first row and column of the box; swapped with ``end`` to mirror.
-        end: ``(2,)`` float32, one past the last row and column.
-        colored: whether to apply the colour map.
-        pixel_matrix: ``(3, 3)`` float32, see :func:`dinovmf_plugin.data.color.color_matrices`.
-        mean_matrix: ``(3, 3)`` float32.
-        blurred: whether to blur.
-        radius: standard deviation of the blur in pixels.
-        solarized: whether to solarise.
-        equalized: whether to equalise.
-    """
-
-    start: Node
-    end: Node
-    colored: Node
-    pixel_matrix: Node
-    mean_matrix: Node
-    blurred: Node
-    radius: Node
-    solarized: Node
-    equalized: Node
+Inputs = dict[str, Node]
+"""Inputs of one crop, see ``dali_feed.input_names``."""
 
 
 def _decode(encoded: Node, device: str) -> Node:
@@ -88,34 +67,36 @@ def _normalize(picture: Node, mean: Sequence[float], std: Sequence[float]) -> No
     )
 
 
-def _color(picture: Node, inputs: CropInputs, device: str) -> Node:
+def _color(picture: Node, inputs: Inputs, device: str) -> Node:
     mean = fn.reshape(fn.reductions.mean(picture, axes=(0, 1)), shape=[1, 3])
-    offset = fn.coord_transform(mean, M=inputs.mean_matrix)
+    offset = fn.coord_transform(mean, M=inputs["mean_matrix"])
     if device == "cpu":
-        mapped = fn.coord_transform(picture, M=inputs.pixel_matrix, T=fn.reshape(offset, shape=[3]))
+        mapped = fn.coord_transform(
+            picture, M=inputs["pixel_matrix"], T=fn.reshape(offset, shape=[3])
+        )
     else:
         # The offset is computed on the GPU, where it cannot be an argument of an operator.
         offset = fn.reshape(offset, shape=[1, 1, 3], layout="HWC")
-        mapped = fn.coord_transform(picture, M=inputs.pixel_matrix) + offset
+        mapped = fn.coord_transform(picture, M=inputs["pixel_matrix"]) + offset
     return dali_math.clamp(mapped, 0.0, 255.0)
 
 
-def _crop(image: Node, crop: Crop, inputs: CropInputs, device: str) -> Node:
+def _crop(image: Node, crop: Crop, inputs: Inputs, device: str) -> Node:
     """Graph of one crop; each ``if`` on an input becomes a conditional decided per image."""
-    picture = _resize(image, inputs.start, inputs.end, crop.size, crop.interpolation)
+    picture = _resize(image, inputs["start"], inputs["end"], crop.size, crop.interpolation)
     if crop.jitter_prob > 0 or crop.gray_prob > 0:
-        if inputs.colored:
+        if inputs["colored"]:
             picture = _color(picture, inputs, device)
         else:
             picture = fn.cast(picture, dtype=FLOAT)
     elif crop.blur_prob > 0 or crop.solarize_prob > 0 or crop.equalize_prob > 0:
         picture = fn.cast(picture, dtype=FLOAT)
-    if crop.blur_prob > 0 and inputs.blurred:
-        picture = fn.gaussian_blur(picture, sigma=inputs.radius)
-    if crop.solarize_prob > 0 and inputs.solarized:
+    if crop.blur_prob > 0 and inputs["blurred"]:
+        picture = fn.gaussian_blur(picture, sigma=inputs["radius"])
+    if crop.solarize_prob > 0 and inputs["solarized"]:
         # Inverting from 128 on leaves the smaller of x and 255 - x.
         picture = dali_math.min(picture, 255 - picture)
-    if crop.equalize_prob > 0 and inputs.equalized:
+    if crop.equalize_prob > 0 and inputs["equalized"]:
         picture = fn.cast(
             fn.equalize(fn.cast(picture, dtype=types.DALIDataType.UINT8)), dtype=FLOAT
         )
@@ -144,17 +125,16 @@ def crop_pipeline(
     Returns:
         A pipeline whose outputs are the crops, ``(B, 3, size, size)`` float32 each.
     """
-    width = len(CropInputs._fields)
+    keys = [(n, name) for n, crop in enumerate(recipe) for name in input_names(crop)]
+    slots = {key: slot for slot, key in enumerate(keys)}
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple[Node, ...]:
-        encoded, *values = fn.external_source(
-            source=source, num_outputs=1 + width * len(recipe), batch=True
-        )
+        encoded, *values = fn.external_source(source=source, num_outputs=1 + len(keys), batch=True)
         image = _decode(encoded, device)
         crops = []
-        for position, crop in enumerate(recipe):
-            inputs = CropInputs(*values[width * position : width * (position + 1)])
+        for n, crop in enumerate(recipe):
+            inputs = {name: values[slots[n, name]] for name in input_names(crop)}
             crops.append(_crop(image, crop, inputs, device))
         return tuple(crops)
 

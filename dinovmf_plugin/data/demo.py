@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from dinovmf_plugin.data.folders import take_fraction
@@ -34,6 +33,8 @@ _NUMPY_NAMES = {
     ("numpy", "dtype"),
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
     ("_codecs", "encode"),
 }
 
@@ -207,7 +208,8 @@ def build(
     index_of = {name: position for position, name in enumerate(classes)}
     labels = np.array([index_of[label] for label in pictures.labels], dtype=np.int64)
     kept = take_fraction(labels, fraction, seed=seed)
-    parts = train_test_split(kept, test_size=val_fraction, stratify=labels[kept], random_state=seed)
+    val = kept[take_fraction(labels[kept], val_fraction, seed=seed)]
+    parts = (np.setdiff1d(kept, val), val)
 
     # Written beside and renamed at the end: what is interrupted is never taken for whole.
     partial = output.with_name(output.name + ".partial")

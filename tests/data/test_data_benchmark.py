@@ -1,0 +1,54 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="needs nvidia-dali")
+
+from dinovmf_plugin.benchmarks import data as benchmark
+
+
+def test_generated_photos_weigh_what_photos_weigh(tmp_path: Path) -> None:
+    benchmark.write_photos(tmp_path, 3)
+    sizes = [Image.open(path).size for path in sorted(tmp_path.iterdir())]
+    assert sizes == [(500, 375), (500, 375), (375, 500)]
+    assert all(80_000 < path.stat().st_size < 150_000 for path in tmp_path.iterdir())
+
+
+def test_main__ratio_of_one_run(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    output = tmp_path / "data.json"
+    arguments = [
+        f"folder={folder}",
+        "batch=4",
+        "workers=1",
+        "rounds=2",
+        "recipe=demo",
+        f"output={output}",
+    ]
+    benchmark.main(arguments)
+    report = json.loads(output.read_text())
+    result = report["results"]
+    ratios = [
+        d / t for t, d in zip(*(result["rounds"][n] for n in ("torchvision", "dali")), strict=True)
+    ]
+    assert result["ratio"] == pytest.approx(sum(ratios) / 2)
+    assert report["settings"]["batch"] == 4
+    assert "dali / torchvision" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match="exists already"):
+        benchmark.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("speed=2", "argument 'speed=2' is unknown: write key=value with one of images, "),
+        ("batch=x", "batch='x' is not of type int"),
+        ("rounds=0", "rounds must be at least 1, got 0"),
+        ("recipe=dinox", "the recipe 'dinox' does not exist"),
+    ],
+)
+def test_main__bad_arguments(argument: str, message: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        benchmark.main([f"folder={folder}", argument])
