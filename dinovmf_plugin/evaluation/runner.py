@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.evaluation.backbone import EvaluatedBackbone, load_evaluated, untrained_like
+from dinovmf_plugin.evaluation.features import resolve_feature
 from dinovmf_plugin.evaluation.processes import Processes, launched_processes
 from dinovmf_plugin.evaluation.report import evaluation_page, text_table
 from dinovmf_plugin.evaluation.run_folder import pick_device, versions, write_atomic, write_json
@@ -123,13 +124,17 @@ def evaluate(
         config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     settings = EvaluationSettings.from_config(config, evaluations)
     device = pick_device(settings.device)
+    # from cheap to dear: the file, the features' names, the listings of images; only then the passes
+    networks = _networks(settings)
+    main = networks[0]
+    for name in settings.evaluations:
+        for feature in settings.sections[name].wanted:
+            resolve_feature(feature, main.model)
     images = Images(settings)
     runs = {
         name: PREPARE[name](settings.sections[name], images, settings)
         for name in settings.evaluations
     }
-    networks = _networks(settings)
-    main = networks[0]
     output = Path(str(settings.output_dir))
     results: dict[str, Any] = {}
     record: dict[str, Any] = {

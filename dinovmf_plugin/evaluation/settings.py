@@ -55,6 +55,11 @@ class _Section:
     interpolation: str = "bicubic"
 
     @property
+    def wanted(self) -> Sequence[Feature]:
+        """The features that the evaluation reads."""
+        return ()
+
+    @property
     def transform(self) -> CenterCrop:
         try:
             return CenterCrop(self.resize, self.crop_size, self.interpolation)
@@ -71,11 +76,20 @@ class _Section:
 
 
 @dataclass(frozen=True)
-class KnnSettings(_Section):
+class _OneFeature(_Section):
+    feature: Feature = "cls"
+
+    @property
+    def wanted(self) -> Sequence[Feature]:
+        """See ``_Section.wanted``."""
+        return (self.feature,)
+
+
+@dataclass(frozen=True)
+class KnnSettings(_OneFeature):
     """Weighted kNN (DINO)."""
 
     name: ClassVar[str] = "knn"
-    feature: Feature = "cls"
     ks: Sequence[int] = DEFAULT_KS
     temperature: float = DEFAULT_TEMPERATURE
     chunk: int = 4096
@@ -108,6 +122,11 @@ class LinearSettings(_Section):
     train_interpolation: str = "bilinear"
     holdout: float = 0.0
 
+    @property
+    def wanted(self) -> Sequence[Feature]:
+        """See ``_Section.wanted``."""
+        return self.features
+
     def check(self) -> None:
         """See ``_Section.check``."""
         super().check()
@@ -125,7 +144,7 @@ class LinearSettings(_Section):
 
 
 @dataclass(frozen=True)
-class FewShotSettings(_Section):
+class FewShotSettings(_OneFeature):
     """Few-shot logistic regression (MSN)."""
 
     name: ClassVar[str] = "few_shot"
@@ -157,12 +176,11 @@ class FewShotSettings(_Section):
 
 
 @dataclass(frozen=True)
-class TransferSettings(_Section):
+class TransferSettings(_OneFeature):
     """Logistic regression on small data sets (Ericsson et al., cross-validated)."""
 
     name: ClassVar[str] = "transfer"
     resize: int = 224
-    feature: Feature = "cls"
     root: str | None = None
     datasets: Sequence[str] | None = None
     log10_min: float = -6.0

@@ -48,7 +48,7 @@ def vit_file(tmp_path_factory):
     """Weights of an untrained ViT with 2 blocks of width 192 and patches of 8 pixels, for 24 pixels."""
     from timm.models import VisionTransformer
 
-    torch.manual_seed(0)
+    torch.manual_seed(11)
     vit = VisionTransformer(
         img_size=24, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0
     )

@@ -1,0 +1,354 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.models import VisionTransformer
+from torchvision import transforms
+
+from dinovmf_plugin.evaluation.backbone import load_evaluated, method_label, untrained_like
+from dinovmf_plugin.evaluation.few_shot import few_shot_accuracy
+from dinovmf_plugin.evaluation.images import image_folder, loader_for
+from dinovmf_plugin.evaluation.knn import knn_accuracy
+from dinovmf_plugin.evaluation.paper import PAPER, paper_rows
+from dinovmf_plugin.evaluation.runner import evaluate, evaluate_one, keep_previous
+from dinovmf_plugin.evaluation.transfer import cross_validated_accuracy
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    f"{name}.{key}=24" for name in ("knn", "linear", "few_shot") for key in ("resize", "crop_size")
+]
+SMALL += [
+    "transfer.resize=24",
+    "transfer.crop_size=24",
+    "linear.epochs=2",
+    "linear.lrs=[0.001,0.1]",
+]
+SMALL += ["transfer.num_values=5"]
+
+
+def _by_hand(folder, vit_file, pre_norm=False, interpolation="bicubic"):
+    """Features of a folder with torchvision and timm alone."""
+    vit = VisionTransformer(
+        img_size=24, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0
+    )
+    vit.load_state_dict(torch.load(vit_file, weights_only=True))
+    if pre_norm:
+        vit.norm = torch.nn.Identity()
+    transform = transforms.Compose(
+        [
+            transforms.Resize(24, transforms.InterpolationMode(interpolation)),
+            transforms.CenterCrop(24),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    paths = sorted(folder.glob("*/*.png"))
+    classes = sorted({path.parent.name for path in paths})
+    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+    with torch.no_grad():
+        features = vit.eval()(images)
+    return features, torch.tensor([classes.index(path.parent.name) for path in paths])
+
+
+@pytest.fixture
+def quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*are skipped")
+        yield
+
+
+def test_all_four_in_one_report(compose, run_overrides, folders, vit_file, tmp_path, quiet):
+    config = compose("evaluate", *run_overrides, *SMALL, "baselines=[untrained,pixels]")
+    results = evaluate(config)
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written == json.loads(json.dumps(results))
+
+    train, val = (_by_hand(folder, vit_file) for folder in folders)
+    expected = knn_accuracy(*train, *val, ks=[10, 20], temperature=0.07)
+    knn = written["knn"]
+    assert knn["k10"] == pytest.approx(dict(zip(("top1", "top5"), expected[10], strict=True)))
+    assert knn["k20"]["top1"] == pytest.approx(expected[20][0])
+    assert knn["skipped_ks"] == [100, 200]
+    assert "k100" not in knn
+
+    transfer = cross_validated_accuracy(*train, *val, weight_decays=np.logspace(-6, 5, 5).tolist())
+    found = written["transfer"]["datasets"]["data"]
+    assert found["top1"] == pytest.approx(transfer["top1"])
+    assert found["cv"]["top1"] == pytest.approx(transfer["cv"]["top1"])
+    assert written["transfer"]["average"]["top1"] == found["top1"]
+
+    few = written["few_shot"]
+    assert set(few["top1"]) == {"1 per class", "2 per class", "5 per class", "1 %"}
+    assert len(few["top1"]["5 per class"]["accuracy"]) == 3
+    assert few["splits"] == "drawn, seed 0"
+
+    linear = written["linear"]["features"]
+    assert [linear[name]["dim"] for name in ("cls", "dino")] == [192, 384]
+    assert len(linear["cls"]["curves"]["top1"][0]) == 2
+
+    baselines = written["baselines"]
+    assert set(baselines) == {"untrained", "pixels"}
+    assert all(
+        set(found) == {"knn", "linear", "few_shot", "transfer"} for found in baselines.values()
+    )
+    assert set(baselines["pixels"]["linear"]["features"]) == {"output"}
+    # another network: not the same features from the cache
+    assert baselines["untrained"]["linear"]["features"]["cls"] != linear["cls"]
+
+    assert re.fullmatch("[0-9a-f]{64}", written["checkpoint"]["sha256"])
+    assert (
+        written["settings"]["few_shot"]["lambd"]
+        == written["few_shot"]["settings"]["lambd"]
+        == 0.075
+    )
+    assert {"torch", "timm", "scikit-learn", "dinovmf_plugin"} <= set(written["versions"])
+    assert written["seconds"] > 0
+
+    page = (tmp_path / "out" / "results.html").read_text()
+    for text in ("paper (ImageNet)", "78.66", "72.30", "prefers-color-scheme: dark", "untrained"):
+        assert text in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
+
+
+def test_a_second_run_uses_the_features_and_keeps_the_first_result(
+    compose, run_overrides, tmp_path, monkeypatch
+):
+    overrides = [*run_overrides, "knn.resize=24", "knn.crop_size=24", "knn.ks=[5]"]
+    first = evaluate_one(compose("knn", *overrides), "knn")
+
+    def no_pass(*args, **kwargs):
+        raise AssertionError("the network was run again")
+
+    monkeypatch.setattr("dinovmf_plugin.evaluation.workbench.extract_feature_set", no_pass)
+    second = evaluate_one(compose("knn", *overrides), "knn")
+    assert second["k5"] == first["k5"]
+    out = tmp_path / "out"
+    assert json.loads((out / "knn.1.json").read_text())["started"] == first["started"]
+    written = json.loads((out / "knn.json").read_text())
+    assert written["k5"] == first["k5"]
+    assert written["run_settings"]["knn"]["ks"] == [5]
+    with pytest.raises(AssertionError, match="run again"):  # another transform, other features
+        evaluate_one(compose("knn", *overrides, "knn.interpolation=bilinear"), "knn")
+
+
+def test_half_precision_cache_repeats_itself(compose, run_overrides, tmp_path):
+    overrides = [*run_overrides, "knn.resize=24", "knn.crop_size=24", "knn.ks=[5]"]
+    overrides += ["cache_dtype=float16", f"cache_dir={tmp_path / 'cache'}"]
+    first = evaluate_one(compose("knn", *overrides), "knn")
+    assert evaluate_one(compose("knn", *overrides), "knn")["k5"] == first["k5"]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_feature_file_of_another_backbone_is_refused(compose, run_overrides, tmp_path):
+    overrides = [*run_overrides, "knn.resize=24", "knn.crop_size=24", "knn.ks=[5]"]
+    evaluate_one(compose("knn", *overrides), "knn")
+    other = [*overrides, "checkpoint=pixels"]
+    evaluate_one(compose("knn", *other, f"output_dir={tmp_path / 'pixels'}"), "knn")
+    ours = sorted((tmp_path / "out" / "features").iterdir())
+    theirs = sorted((tmp_path / "pixels" / "features").iterdir())
+    shutil.copy(
+        next(f for f in theirs if "train" in f.name), next(f for f in ours if "train" in f.name)
+    )
+    with pytest.raises(
+        ValueError, match="made with something else .*backbone: the file has 'pixels"
+    ):
+        evaluate_one(compose("knn", *overrides), "knn")
+
+
+def test_linear_without_augmentation_and_with_held_out_images(compose, run_overrides, tmp_path):
+    small = [
+        "linear.resize=24",
+        "linear.crop_size=24",
+        "linear.lrs=[0.001,0.03]",
+        "linear.epochs=6",
+    ]
+    config = compose(
+        "linear", *run_overrides, *small, "linear.augment=false", "linear.holdout=0.25"
+    )
+    result = evaluate_one(config, "linear")
+    assert result["train_images"] == 36
+    chosen = result["features"]["cls"]["chosen"]
+    assert chosen["selected_on"] == "held-out training images"
+    best = result["features"]["cls"]["best"]["top1"]
+    assert chosen["top1"] <= best
+    assert best > 25  # four classes
+    names = {path.name.split("-")[0] for path in (tmp_path / "out" / "features").iterdir()}
+    assert names == {"train", "val", "held"}
+    again = evaluate_one(config, "linear")
+    assert again["features"] == result["features"]
+
+
+def test_few_shot_from_published_lists(compose, run_overrides, folders, vit_file, tmp_path, quiet):
+    lists = tmp_path / "lists" / "imagenet_subsets1"
+    lists.mkdir(parents=True)
+    # file names must be unique, as ImageNet's: a folder with the class in front
+    renamed = tmp_path / "train"
+    for path in folders[0].glob("*/*.png"):
+        target = renamed / path.parent.name / f"{path.parent.name}_{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    chosen = [f"{name}_{i}.png" for name in ("bar", "blue", "green", "red") for i in (3, 11)]
+    (lists / "2imgs_class.txt").write_text("\n".join(reversed(chosen)))
+    small = ["few_shot.resize=24", "few_shot.crop_size=24", "few_shot.counts=[2]"]
+    small += [f"few_shot.split_dir={lists.parent}", f"data.train_path={renamed}"]
+    result = evaluate_one(compose("few_shot", *run_overrides, *small), "few_shot")
+    features, labels = _by_hand(renamed, vit_file, pre_norm=True, interpolation="bilinear")
+    names = [path.name for path in sorted(renamed.glob("*/*.png"))]
+    rows = [i for i, name in enumerate(names) if name in chosen]
+    val = _by_hand(folders[1], vit_file, pre_norm=True, interpolation="bilinear")
+    expected = few_shot_accuracy(features[rows], labels[rows], *val)
+    assert result["top1"] == {
+        "2 per class": {"mean": expected, "std": 0.0, "accuracy": [expected], "images": [8]}
+    }
+    # only the listed images went through the network
+    sizes = {p.name.split("-")[0] for p in (tmp_path / "out" / "features").iterdir()}
+    assert sizes == {"few", "val"}
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("knn", "data.train_path=null", "data.train_path=None must be set"),
+        ("knn", "checkpoint=missing.pth", "no checkpoint file missing.pth"),
+        ("knn", "checkpoint=random:nonsense", "names no Vision Transformer"),
+        ("knn", "knn.ks=[49]", "holds only 48 images, use k <= 48"),
+        ("knn", "knn.feature=tokens", "feature='tokens' is unknown"),
+        ("few_shot", "few_shot.split_dir=nowhere", "holds no folder imagenet_subsets1"),
+        (
+            "transfer",
+            "transfer.folds=13",
+            "class 0 has 12 images, so it would be missing in a fold",
+        ),
+        ("transfer", "transfer.root=nowhere", "aircraft is not at nowhere"),
+        ("linear", "linear.features=[{n_last_blocks:3}]", "needs 3 blocks, but the backbone has 2"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_long_work(
+    compose, run_overrides, monkeypatch, name, override, message
+):
+    def no_pass(*args, **kwargs):
+        raise AssertionError("images were read before the check")
+
+    monkeypatch.setattr("dinovmf_plugin.evaluation.workbench.loader_for", no_pass)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluate_one(compose(name, *run_overrides, override), name)
+
+
+@pytest.mark.parametrize("damage", ["empty", "empty class", "new class", "unreadable", "no folder"])
+def test_bad_validation_folders(make_folder, compose, run_overrides, damage):
+    val = make_folder(1)
+    messages = {
+        "empty": "data.val_path: there are no images",
+        "empty class": "data.val_path: the class folder .*blue.* has no images",
+        "new class": "1 of its classes are not in the training set, such as 'zebra'",
+        "unreadable": "data.val_path: 1 of 4 images cannot be read",
+        "no folder": "data.val_path: .* does not exist",
+    }
+    if damage in ("empty", "no folder"):
+        shutil.rmtree(val)
+        if damage == "empty":
+            val.mkdir()
+    elif damage == "empty class":
+        (val / "blue" / "0.png").unlink()
+    elif damage == "new class":
+        (val / "bar").rename(val / "zebra")
+    else:
+        (val / "red" / "0.png").write_bytes(b"not an image")
+    overrides = [*run_overrides, f"data.val_path={val}", "data.check_images=fast"]
+    with pytest.raises((ValueError, FileNotFoundError), match=messages[damage]):
+        evaluate_one(compose("knn", *overrides), "knn")
+
+
+def test_validation_labels_follow_the_training_classes(make_folder, folders):
+    train = image_folder(str(folders[0]), "data.train_path")
+    some = make_folder(2, classes=("red", "green"))
+    val = image_folder(str(some), "data.val_path", classes=train.classes)
+    assert val.classes == train.classes
+    assert val.labels.tolist() == [2, 2, 3, 3]
+    loader = loader_for(val, _transform(), batch_size=3, num_workers=0)
+    assert torch.cat([labels for _, labels in loader]).tolist() == [2, 2, 3, 3]
+    assert val.subset([3, 0]).labels.tolist() == [3, 2]
+
+
+def _transform():
+    from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+
+    return CenterCrop(24, 24)
+
+
+def test_dali_reads_the_same_images(folders):
+    pytest.importorskip("nvidia.dali")
+    images = image_folder(str(folders[1]), "data.val_path").subset([7, 3, 12])
+    pillow, dali = (
+        next(iter(loader_for(images, _transform(), num_workers=1, data_format=name)))
+        for name in ("image_folder", "dali")
+    )
+    assert pillow[1].tolist() == dali[1].tolist() == images.labels.tolist()
+    torch.testing.assert_close(pillow[0], dali[0], atol=0.05, rtol=0)
+
+
+def test_previous_results_move_aside(tmp_path):
+    path = tmp_path / "results.json"
+    assert keep_previous(path) is None
+    for i in range(3):
+        path.write_text(str(i))
+        keep_previous(path)
+    assert [p.read_text() for p in sorted(tmp_path.iterdir())] == ["0", "1", "2"]
+    assert not path.exists()
+
+
+def test_method_names():
+    vmf = {"method": "dino_multicrop", "method_kwargs": {"normalization": "vmf"}}
+    assert method_label(vmf, "dinovmf_plugin") == "DINO-vMF"
+    assert method_label({"method": "ibot_vmf"}, "") == "iBOT-vMF"
+    assert method_label({"method": "msn", "method_kwargs": {"normalization": "l2"}}, "") == "MSN"
+    assert method_label({}, "timm") == "checkpoint"
+
+
+def test_the_untrained_twin_has_the_shape_but_not_the_weights(vit_file):
+    trained = load_evaluated(str(vit_file))
+    twin = untrained_like(trained, seed=1)
+    own, other = trained.model.state_dict(), twin.model.state_dict()
+    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in other.items()}
+    assert not torch.equal(own["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
+    again = untrained_like(trained, seed=1).model.state_dict()
+    assert all(torch.equal(other[name], again[name]) for name in other)
+    assert len({trained.identity, twin.identity, untrained_like(trained, 2).identity}) == 3
+    with pytest.raises(ValueError, match="no untrained twin"):
+        untrained_like(load_evaluated("pixels"))
+
+
+def test_the_papers_numbers_are_consistent():
+    """Against averages that the paper itself prints, and rows of protocols that repeat them."""
+    for row in PAPER:
+        if row.transfer:
+            nine = [value for name, value in row.transfer.items() if name != "average"]
+            assert len(nine) == 9
+            # Table 5 rounds every entry to 0.1
+            assert np.mean(nine) == pytest.approx(row.transfer["average"], abs=0.11)
+    best = max(PAPER, key=lambda row: row.knn or 0)
+    assert (best.method, best.architecture, best.knn) == ("iBOT-vMF", "ViT-Base/16", 78.66)
+    assert {row.architecture for row in paper_rows("vit_small/16")} == {"ViT-Small/16"}
+    assert paper_rows("ViT/8") == list(PAPER)
+
+
+def test_the_script(folders, vit_file, tmp_path):
+    """The whole way once, in a process of its own."""
+    train, val = folders
+    command = [sys.executable, str(ROOT / "scripts" / "main_knn.py"), "data.num_workers=0"]
+    command += [f"data.train_path={train}", f"data.val_path={val}", f"output_dir={tmp_path}"]
+    small = ["knn.resize=24", "knn.crop_size=24", f"checkpoint={vit_file}"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "knn.json").read_text())
+    assert set(result["k10"]) == {"top1", "top5"}
+    assert "kNN top-1" in done.stdout
+    assert "img/s" in done.stderr  # a progress bar with a rate
