@@ -30,6 +30,7 @@ def cls_attention(attention: Tensor, grid: tuple[int, int]) -> Tensor:
         ValueError: if the grid does not fit the tokens.
 
     Example:
+        >>> import torch
         >>> maps = cls_attention(torch.full((1, 3, 5, 5), 0.2), (2, 2))
         >>> maps.shape, round(float(maps[0, 0].sum()), 3)
         (torch.Size([1, 3, 2, 2]), 0.8)

@@ -83,10 +83,6 @@ def _utilization(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any
 
 def _precision(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any) -> None:
     page.section("Precision and difficulty")
-    rows = [
-        [name, p.get("accuracy"), p.get("spearman"), p.get("p_value"), p.get("skipped", "")]
-        for name, p in ((name, result["precision"]) for name, result in models.items())
-    ]
     if chart:
         page.text(
             "Validation images sorted by the norm of the prototype that they are assigned to; within "
@@ -94,7 +90,16 @@ def _precision(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any) 
             "precise components to hold easier images."
         )
         page.charts((chart, "kNN accuracy by percentile of the prototype's norm (Figure 2)"))
-    page.raw(table(["model", "kNN top-1 (%)", "Spearman", "p value", "not measured because"], rows))
+        measured = {name: found["precision"] for name, found in models.items()}
+        rows = [
+            [name, p["accuracy"], p["spearman"], p["p_value"]]
+            for name, p in measured.items()
+            if "bins" in p
+        ]
+        page.raw(table(["model", "kNN top-1 (%)", "Spearman", "p value"], rows))
+    for name, found in models.items():
+        if "skipped" in found["precision"]:
+            page.text(f"Not measured for {name}: {found['precision']['skipped']}.", note=True)
 
 
 def analysis_page(

@@ -395,3 +395,52 @@ def test_two_ranks__log_what_one_process_logs_on_the_joined_batch(tmp_path):
     assert len(one) > 20
     for name in one.keys() - per_rank:
         assert first[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_cost__is_below_one_percent_of_head_and_loss_alone():
+    """K 65536, p 256, 64 images, 12 views; CPU time, so that other processes do not count."""
+    import statistics
+    import time
+
+    from dinovmf_plugin.losses.dino import dino_loss
+
+    big, images, views = 65536, 64, 12
+    student, teacher = Prototypes(256, big, "vmf"), Prototypes(256, big, "vmf")
+    centering = make_centering("probability", big)
+    y = F.normalize(torch.randn(views, images, 256), dim=-1).requires_grad_()
+    y_teacher = F.normalize(torch.randn(2 * images, 256), dim=-1)
+
+    def train_step():
+        with torch.no_grad():
+            scores, bias = teacher.scores(y_teacher), teacher.log_normalizer(0.04)
+            targets = centering(scores, 0.04, bias)
+            centering.update(scores, 0.04, bias)
+        loss = dino_loss(y, student, targets.unflatten(0, (2, -1)), 0.1)
+        loss.backward()
+        y.grad = None
+        student.zero_grad()
+        return StepRecord(loss.detach(), targets, y.detach(), y_teacher, 0.04, 0.1)
+
+    module = SimpleNamespace(
+        head=SimpleNamespace(last_layer=student),
+        momentum_head=SimpleNamespace(last_layer=teacher),
+        centering=centering,
+        log_dict=lambda *_, **__: None,
+    )
+    trainer = SimpleNamespace(global_step=1, current_epoch=0, is_global_zero=True)
+    monitor = MixtureMonitor(50)
+    monitor.on_fit_start(trainer, module)
+    times = {"train": [], "counted": [], "recorded": []}
+    for i in range(5):
+        marks = [time.process_time()]
+        module.last_step = train_step()
+        marks.append(time.process_time())
+        for step in (50 * i + 1, 50 * i + 50):
+            trainer.global_step = step
+            monitor.on_train_batch_end(trainer, module, None, None, 0)
+            marks.append(time.process_time())
+        for name, start, end in zip(times, marks[:-1], marks[1:], strict=True):
+            times[name].append(end - start)
+    train, counted, recorded = (statistics.median(values) for values in times.values())
+    assert counted + recorded / 50 < 0.01 * train
