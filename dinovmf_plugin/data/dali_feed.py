@@ -192,24 +192,35 @@ class Feed:
     ) -> None:
         self._inputs = inputs
         self._reader = reader
-        self._epoch = 0
-        self._batches: Iterator[EncodedBatch] = iter(())
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="crop-parameters")
+        self._prepared: Iterator[tuple[Indices, Inputs]] = iter(())
         self.in_flight: deque[Indices] = deque()
         """Indices of the batches handed to DALI and not yet returned by it, oldest first."""
 
     def start(self, order: Iterator[Indices], epoch: int) -> None:
         """Begins an epoch with the given batches of indices."""
-        self._epoch = epoch
-        self._batches = self._reader.batches(order)
+        self._prepared = self._prepare(order, epoch)
         self.in_flight.clear()
 
     def stop(self) -> None:
         """Ends the epoch early: the next call raises StopIteration."""
-        self._batches = iter(())
+        self._prepared = iter(())
+
+    def _prepare(self, order: Iterator[Indices], epoch: int) -> Iterator[tuple[Indices, Inputs]]:
+        """Yields indices and inputs of each batch, made in a thread one batch ahead."""
+        batches = self._reader.batches(order)
+
+        def following() -> tuple[Indices, Inputs] | None:
+            batch = next(batches, None)
+            return None if batch is None else (batch.indices, self._inputs(batch, epoch))
+
+        future = self._pool.submit(following)
+        while (prepared := future.result()) is not None:
+            future = self._pool.submit(following)
+            yield prepared
 
     def __call__(self) -> Inputs:
         """Inputs of the next batch."""
-        batch = next(self._batches)
-        values = self._inputs(batch, self._epoch)
-        self.in_flight.append(batch.indices)
-        return values
+        indices, inputs = next(self._prepared)
+        self.in_flight.append(indices)
+        return inputs

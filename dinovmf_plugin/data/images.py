@@ -14,6 +14,7 @@ from dinovmf_plugin.data.folders import ImageFolder
 
 CHECKS = ("fast", "full", "none")
 _MAX_NAMED = 10
+_CHUNK = 256
 # A JPEG may carry padding or a maker's data behind its end marker.
 _TAIL_BYTES = 4096
 _JPEG_END = b"\xff\xd9"
@@ -27,7 +28,11 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+            image: Image.Image = Image.open(file)
+            if image.mode.startswith("I;16"):
+                # PIL clips 16 bits to 8, which leaves almost everything white.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RuntimeError(f"cannot read the image {os.fspath(path)!r}: {error}") from error
 
@@ -86,15 +91,24 @@ def find_unreadable(
     if check == "none":
         return {}
     inspect = _fast if check == "fast" else _full
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        found = tqdm(
-            pool.map(inspect, paths, chunksize=64),
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    found: dict[int, str] = {}
+    with (
+        ThreadPoolExecutor(max(1, num_threads)) as pool,
+        tqdm(
             total=len(paths),
             desc="checking images",
             unit="image",
             disable=not progress or len(paths) <= 1000,
-        )
-        return {index: problem for index, problem in enumerate(found) if problem is not None}
+        ) as bar,
+    ):
+        results = pool.map(lambda chunk: [inspect(path) for path in chunk], chunks)
+        for number, problems in enumerate(results):
+            for position, problem in enumerate(problems):
+                if problem is not None:
+                    found[number * _CHUNK + position] = problem
+            bar.update(len(problems))
+    return found
 
 
 def refuse_or_drop(

@@ -115,6 +115,8 @@ class PretrainLoader(ResumableLoader):
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             persistent_workers=num_workers > 0,
             prefetch_factor=prefetch_factor if num_workers > 0 else None,
+            # PyTorch draws seeds for the workers; not from the stream that initialises the model.
+            generator=torch.Generator(),
         )
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Any]]:

@@ -75,7 +75,8 @@ class TorchvisionSource:
                 f"data.dataset={name}: the data set is not in {str(root)!r}. Download it once with "
                 f"torchvision.datasets.{name.upper()}({str(root)!r}, download=True)"
             ) from error
-        self._indices = take_fraction(np.asarray(labels, dtype=np.int64), fraction)
+        self._labels = np.asarray(labels, dtype=np.int64)
+        self._indices = take_fraction(self._labels, fraction)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -86,7 +87,7 @@ class TorchvisionSource:
 
     def label(self, index: int) -> int:
         """Its class; -1 for STL-10's unlabelled images."""
-        return int(self._dataset[self._indices[index]][1])
+        return int(self._labels[self._indices[index]])
 
 
 def _unreadable(images: ImageFolder, check: str, num_threads: int) -> dict[int, str]:
@@ -99,10 +100,19 @@ def _unreadable(images: ImageFolder, check: str, num_threads: int) -> dict[int, 
         paths[rank::world_size], check=check, num_threads=num_threads, progress=rank == 0
     )
     gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(
-        gathered, {rank + world_size * i: problem for i, problem in mine.items()}
+    dist.all_gather_object(gathered, {rank + world_size * i: p for i, p in mine.items()})
+    return dict(sorted(item for found in gathered for item in found.items()))
+
+
+def _readable(cfg: Mapping[str, Any], images: ImageFolder, key: str) -> ImageFolder:
+    check = str(_get(cfg, "data.check_images", "fast"))
+    bad = _unreadable(images, check, 2 * max(1, int(_get(cfg, "data.num_workers", 4))))
+    readable = refuse_or_drop(
+        images, bad, skip=bool(_get(cfg, "data.skip_unreadable", False)), key=key
     )
-    return dict(sorted((i, problem) for found in gathered for i, problem in found.items()))
+    if bad:
+        _log.warning("%s: %d unreadable of %d images are left out", key, len(bad), len(images))
+    return readable
 
 
 def training_images(cfg: Mapping[str, Any]) -> ImageFolder:
@@ -126,14 +136,7 @@ def training_images(cfg: Mapping[str, Any]) -> ImageFolder:
         raise ValueError("data.train_path is missing: the folder of the training images")
     images = list_images(root, labelled=not _get(cfg, "data.no_labels", False))
     images = images.subset(take_fraction(images.labels, _get(cfg, "data.fraction")))
-    check = str(_get(cfg, "data.check_images", "fast"))
-    bad = _unreadable(images, check, 2 * max(1, int(_get(cfg, "data.num_workers", 4))))
-    readable = refuse_or_drop(images, bad, skip=bool(_get(cfg, "data.skip_unreadable", False)))
-    if bad:
-        _log.warning(
-            "data.train_path: %d unreadable of %d images are left out", len(bad), len(images)
-        )
-    return readable
+    return _readable(cfg, images, "data.train_path")
 
 
 def pretrain_loader(
@@ -260,6 +263,7 @@ def validation_loader(
         images = list_images(
             root, labelled=not (train and _get(cfg, "data.no_labels", False)), key=key
         )
+        images = _readable(cfg, images, key)
         images = images.subset(np.arange(rank, len(images), world_size))
         if data_format == "dali":
             from dinovmf_plugin.data.dali import DALIEvaluationLoader

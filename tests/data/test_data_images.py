@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -87,3 +88,9 @@ def test_open_image__names_the_file(mixed: Path) -> None:
     picture = open_image(mixed / "c" / "alpha.png")
     assert isinstance(picture, Image.Image)
     assert (picture.mode, picture.size) == ("RGB", (60, 40))
+
+
+def test_open_image__sixteen_bits_are_scaled(tmp_path: Path, picture: Any) -> None:
+    grey = np.asarray(picture(0, 20, 30).convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "deep.png"))[..., 0], grey)

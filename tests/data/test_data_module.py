@@ -2,6 +2,8 @@ import ast
 import importlib.util
 import logging
 import pickle
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,19 @@ def test_every_format_gives_the_same_order(data_cfg: Any, data_format: str) -> N
     for mine, theirs in zip(loader, plain, strict=True):
         assert torch.equal(mine[0], theirs[0])
         assert torch.equal(mine[2], theirs[2])
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_global_random_numbers_are_left_alone(data_cfg: Any, data_format: str) -> None:
+    """What a model draws must not depend on how its images are loaded."""
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    list(pretrain_loader(data_cfg(data__format=data_format)))
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # noqa: NPY002
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+    assert (before[2] == after[2]).all()
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
@@ -71,6 +86,8 @@ def test_unreadable_images(data_cfg: Any, tmp_path: Path, picture_folder: Any, c
     assert "data.train_path: 1 unreadable of 11 images are left out" in caplog.text
     unchecked = pretrain_loader(data_cfg(data__train_path=str(root), data__check_images="none"))
     assert unchecked.plan.num_samples == 11
+    with pytest.raises(RuntimeError, match=r"data\.val_path: 1 of 11 images cannot .*cat/bad\.jpg"):
+        validation_loader(data_cfg(data__val_path=str(root)))
 
 
 def check_in_two_processes(rank: int, root: str) -> tuple[int, str]:
@@ -201,3 +218,10 @@ def test_neither_solo_nor_lightning_is_imported() -> None:
                 imported.add((node.module or "").split(".")[0])
     assert "torch" in imported
     assert not imported & {"solo", "lightning", "pytorch_lightning"}
+
+
+def test_missing_dali_is_said(data_cfg: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dinovmf_plugin.data.dali_pipeline", None)
+    monkeypatch.delitem(sys.modules, "dinovmf_plugin.data.dali", raising=False)
+    with pytest.raises(ImportError, match="DALI is not installed: .* set data.format=image_folder"):
+        pretrain_loader(data_cfg(data__format="dali"))
