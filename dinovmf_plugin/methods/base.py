@@ -11,16 +11,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dinovmf_plugin import __version__, backbones, schedules
+from dinovmf_plugin import backbones, schedules
 from dinovmf_plugin.centering import Centering
 from dinovmf_plugin.heads import ProjectionHead
-from dinovmf_plugin.host import BaseMomentumMethod, accuracy_at_k, weighted_mean
-from dinovmf_plugin.losses.spread import prototype_spread
+from dinovmf_plugin.host import BaseMomentumMethod
+from dinovmf_plugin.losses.koleo import koleo_loss
 from dinovmf_plugin.methods import optimization
-from dinovmf_plugin.methods.records import StepRecord
+from dinovmf_plugin.methods.probes import OnlineProbes
+from dinovmf_plugin.methods.records import REMEDY, NonFiniteLossError, StepRecord
 from dinovmf_plugin.methods.settings import MethodSettings, check_range, read_settings
+from dinovmf_plugin.methods.stored_config import StoredConfig
 from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["DistillationOutput", "NonFiniteLossError", "SelfDistillation", "forward_by_size"]
@@ -43,14 +44,7 @@ class DistillationOutput:
     scalars: dict[str, float | Tensor]
 
 
-_REMEDY = (
-    "the last checkpoint is untouched. Lower optimizer.lr, train with precision=bf16-mixed instead of "
-    "16-mixed, or set method_kwargs.clip_grad (DINO ViT-B: 0.3)"
-)
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss (or a weight) became NaN or infinite: training stops before a checkpoint is lost."""
+_SPREAD_ANCHORS = 8192
 
 
 def forward_by_size(forward: Any, crops: list[Tensor]) -> list[Tensor]:
@@ -74,7 +68,7 @@ def forward_by_size(forward: Any, crops: list[Tensor]) -> list[Tensor]:
     return outputs
 
 
-class SelfDistillation(BaseMomentumMethod):
+class SelfDistillation(StoredConfig, OnlineProbes):
     """Student and EMA teacher of one architecture on the host's base class.
 
     Subclasses define ``settings_class``, ``default_settings`` and ``distillation_loss``; everything that the
@@ -176,28 +170,6 @@ class SelfDistillation(BaseMomentumMethod):
         """(student, teacher) modules that the EMA follows."""
         return [*super().momentum_pairs, (self.head, self.momentum_head)]
 
-    def student_features(self, images: Tensor) -> Tensor:
-        """Pooled (CLS) features of the student, ``(N, D)``."""
-        return self.pooled(self.backbone, images)
-
-    @staticmethod
-    def pooled(backbone: nn.Module, images: Tensor) -> Tensor:
-        """Features of any size of crop: CLS after the final norm for ViTs, the pooled map otherwise."""
-        if backbones.is_vit(backbone):
-            return backbones.forward_tokens(backbone, images)[:, 0]
-        return backbone(images)
-
-    def forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Student: ``logits`` of the online classifier, ``feats``, and the unit vectors ``z``."""
-        feats = self.student_features(X)
-        return {"logits": self.classifier(feats.detach()), "feats": feats, "z": self.head(feats)}
-
-    @torch.no_grad()
-    def momentum_forward(self, X: Tensor) -> dict[str, Tensor]:
-        """Teacher: ``feats`` and the unit vectors ``z``."""
-        feats = self.pooled(self.momentum_backbone, X)
-        return {"feats": feats, "z": self.momentum_head(feats)}
-
     # ---- training -------------------------------------------------------------------------------
 
     def teacher_temperature(self) -> float:
@@ -213,7 +185,12 @@ class SelfDistillation(BaseMomentumMethod):
         weight = self.settings.prototype_spread
         if not weight:
             return 0.0
-        return weight * prototype_spread(self.student_prototypes.weight_v)
+        prototypes = self.student_prototypes
+        # the search of all neighbours is quadratic: of 65536 prototypes take a subset every step
+        anchors = min(prototypes.num_prototypes, _SPREAD_ANCHORS)
+        return weight * koleo_loss(
+            prototypes.directions(), num_anchors=anchors, generator=self.step_generator()
+        )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: ``batch`` is ``[indexes, [crops], targets]`` as the host's loaders give it.
@@ -248,34 +225,11 @@ class SelfDistillation(BaseMomentumMethod):
     def _check_finite(self, loss: Tensor) -> None:
         if torch.isfinite(loss.detach()):
             return
-        raise NonFiniteLossError(
-            f"the loss became {float(loss.detach())} {self._where()} {_REMEDY}"
-        )
+        raise NonFiniteLossError(f"the loss became {float(loss.detach())} {self.where()} {REMEDY}")
 
-    def _where(self) -> str:
+    def where(self) -> str:
+        """Step and epoch, for messages."""
         return f"at step {self.trainer.global_step} (epoch {self.current_epoch});"
-
-    def online_classifier_loss(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of a linear probe on detached features; logs its accuracy.
-
-        Zero, but attached to the classifier (DDP wants every parameter used), without labels.
-        """
-        logits = self.classifier(features.detach())
-        if not bool((targets >= 0).any()):
-            return 0.0 * logits.sum()
-        targets = targets.repeat(len(features) // len(targets))
-        loss = F.cross_entropy(logits.float(), targets, ignore_index=-1)
-        acc1, acc5 = accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
-        metrics = {"train_class_loss": loss.detach(), "train_acc1": acc1, "train_acc5": acc5}
-        self.log_dict(metrics, on_epoch=True, sync_dist=True)
-        return loss
-
-    def update_knn_bank(self, features: Tensor, targets: Tensor) -> None:
-        """Add teacher features of the global views to the online kNN, if it is enabled."""
-        if self.knn_eval:
-            targets = targets.repeat(len(features) // len(targets))
-            known = targets >= 0
-            self.knn.update(train_features=features[known], train_targets=targets[known])
 
     # ---- optimisation ---------------------------------------------------------------------------
 
@@ -395,36 +349,6 @@ class SelfDistillation(BaseMomentumMethod):
         optimization.update_teacher(self.momentum_pairs, momentum)
         self.log("tau", momentum)
 
-    # ---- validation -----------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Online classifier of the student and, if enabled, kNN of the teacher."""
-        images, targets = batch
-        logits = self.classifier(self.student_features(images))
-        acc1, acc5 = accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
-        if self.knn_eval and not self.trainer.sanity_checking:
-            features = self.pooled(self.momentum_backbone, images)
-            self.knn.update(test_features=features, test_targets=targets)
-        self.validation_step_outputs.append(
-            {
-                "batch_size": len(targets),
-                "val_loss": F.cross_entropy(logits.float(), targets, ignore_index=-1),
-                "val_acc1": acc1,
-                "val_acc5": acc5,
-            }
-        )
-
-    def on_validation_epoch_end(self) -> None:
-        """Average over the batches, the last one perhaps smaller."""
-        outputs = self.validation_step_outputs
-        keys = ("val_loss", "val_acc1", "val_acc5")
-        metrics = {key: weighted_mean(outputs, key, "batch_size") for key in keys}
-        if self.knn_eval and not self.trainer.sanity_checking:
-            metrics["val_knn_acc1"], metrics["val_knn_acc5"] = self.knn.compute()
-        self.log_dict(metrics, sync_dist=True)
-        outputs.clear()
-
     # ---- checkpoints ----------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Any]:
@@ -432,44 +356,3 @@ class SelfDistillation(BaseMomentumMethod):
         from dinovmf_plugin.methods.callbacks import method_callbacks
 
         return method_callbacks(self.cfg, self.settings)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the resolved config as plain containers: the file can be read on its own.
-
-        Raises:
-            NonFiniteLossError: instead of replacing a good checkpoint by NaN weights (a finite loss may have
-                a gradient that is not, and be the last one of its epoch).
-        """
-        for name, parameter in self.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise NonFiniteLossError(
-                    f"{name} has NaN or infinite values {self._where()} {_REMEDY}"
-                )
-        cfg = OmegaConf.to_container(self.cfg, resolve=True)
-        checkpoint["dinovmf_plugin"] = {"version": __version__, "cfg": cfg}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method or shape before any weight is touched.
-
-        Raises:
-            ValueError: naming the key that differs.
-        """
-        saved = checkpoint.get("dinovmf_plugin", {}).get("cfg")
-        if saved is None:
-            return
-        # the centre of one centring means nothing to another
-        keys = (
-            "proj_hidden_dim",
-            "proj_output_dim",
-            "num_prototypes",
-            "normalization",
-            "centering",
-        )
-        for key in ("method", "backbone.name", *(f"method_kwargs.{key}" for key in keys)):
-            old = OmegaConf.select(OmegaConf.create(saved), key)
-            new = OmegaConf.select(self.cfg, key)
-            if old != new:
-                raise ValueError(
-                    f"{key}={new!r} differs from the checkpoint's {old!r}: resume with the same value, "
-                    "or start a new run (weights alone: method_kwargs.init_from)"
-                )

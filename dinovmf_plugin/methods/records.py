@@ -1,4 +1,4 @@
-"""What a training step leaves behind for the monitors."""
+"""What a training step leaves behind: a record for the monitors, or an error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["StepRecord"]
+__all__ = ["REMEDY", "NonFiniteLossError", "StepRecord"]
+
+REMEDY = (
+    "the last checkpoint is untouched. Lower optimizer.lr, train with precision=bf16-mixed instead of "
+    "16-mixed, or set method_kwargs.clip_grad (DINO ViT-B: 0.3)"
+)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss (or a weight) became NaN or infinite: training stops before a checkpoint is lost."""
 
 
 @dataclass(frozen=True)

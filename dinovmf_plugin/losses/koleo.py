@@ -1,4 +1,4 @@
-"""A spread term that keeps prototypes apart: KoLeo on prototype directions (protocols.md 5.2)."""
+"""A spread term that keeps prototypes apart: KoLeo on prototype directions."""
 
 from __future__ import annotations
 
