@@ -1,0 +1,1 @@
+"""The paper's comparisons as one command: many runs, each trained and evaluated once, one table."""

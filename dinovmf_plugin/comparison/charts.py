@@ -1,0 +1,124 @@
+"""Curves over time and final accuracies of a comparison, in both themes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dinovmf_plugin.analysis.figures import themed
+from dinovmf_plugin.comparison.results import Group
+
+__all__ = ["curve_charts", "seeds_chart", "stability_chart"]
+
+Themes = dict[str, bytes]
+_LINES = ("-", "--", ":")
+
+
+def _chart(xlabel: str, ylabel: str, draw: Callable[[Axes], None]) -> Themes:
+    def make() -> Figure:
+        figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+        axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+        draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
+        return figure
+
+    return themed(make)
+
+
+def _style(index: int) -> dict[str, Any]:
+    """Six colours, then other dashes."""
+    colors = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
+    return {"color": colors[index % len(colors)], "linestyle": _LINES[index // len(colors) % 3]}
+
+
+Series = Callable[[dict[str, Any]], list[tuple[float, float]]]
+
+
+def _curves(groups: Sequence[Group], series: Series) -> Callable[[Axes], None] | None:
+    if not any(series(run) for group in groups for run in group.runs):
+        return None
+
+    def draw(axes: Axes) -> None:
+        for index, group in enumerate(groups):
+            label: str | None = group.name
+            for run in group.runs:
+                points = series(run)
+                if points:
+                    axes.plot(*zip(*points, strict=True), label=label, alpha=0.8, linewidth=1.3,
+                              **_style(index))  # fmt: skip
+                    label = None
+
+    return draw
+
+
+def _of_curve(key: str) -> Series:
+    return lambda run: [(r["epoch"], r[key]) for r in run["curve"] if r.get(key) is not None]
+
+
+def _of_monitor(key: str) -> Series:
+    return lambda run: [
+        (r["epoch"] + 1, r[key]) for r in run["monitor"]["epoch"] if r.get(key) is not None
+    ]
+
+
+def curve_charts(groups: Sequence[Group], k: int) -> list[tuple[Themes, str]]:
+    """What the runs recorded, one line per seed; charts without data are left out."""
+    wanted = (
+        (f"kNN top-1 (%), k = {k}", "kNN of the teacher over time", _of_curve("top1")),
+        ("loss", "Training loss", _of_curve("loss")),
+        ("median κ", "Concentration of the teacher's components", _of_monitor("kappa_median")),
+        ("unique prototypes", "Prototypes without duplicates", _of_monitor("unique_prototypes")),
+    )
+    charts = []
+    for ylabel, caption, series in wanted:
+        draw = _curves(groups, series)
+        if draw is not None:
+            charts.append((_chart("epoch", ylabel, draw), f"{caption}; one line per seed"))
+    return charts
+
+
+def seeds_chart(groups: Sequence[Group], metric: str, ylabel: str) -> Themes:
+    """Every seed as a dot, the mean as a bar: differences beside their spread."""
+
+    def draw(axes: Axes) -> None:
+        for index, group in enumerate(groups):
+            values = group.values(metric)
+            color = _style(index)["color"]
+            axes.plot([index] * len(values), values, "o", color=color, alpha=0.7)
+            if values:
+                mean = sum(values) / len(values)
+                axes.plot([index - 0.25, index + 0.25], [mean, mean], color=color, linewidth=2.5)
+        names = [group.name for group in groups]
+        axes.set_xticks(range(len(groups)), names, rotation=30, ha="right", fontsize=8)
+
+    return _chart("", ylabel, draw)
+
+
+def stability_chart(groups: Sequence[Group], metric: str, ylabel: str) -> Themes:
+    """Accuracy over the learning rate; broken runs are crosses, those without a value at the bottom."""
+
+    def draw(axes: Axes) -> None:
+        every = [value for group in groups for value in group.values(metric)]
+        bottom = min(every, default=0.0) - 2
+        for index, label in enumerate(dict.fromkeys(group.label for group in groups)):
+            mine = sorted((g for g in groups if g.label == label), key=lambda g: g.lr or 0)
+            means = [(g.lr, sum(v) / len(v)) for g in mine if (v := g.values(metric))]
+            style = _style(index)
+            if means:
+                axes.plot(*zip(*means, strict=True), label=label, **style)
+            for group in mine:
+                for run in group.runs:
+                    whole = run["outcome"] == "trains"
+                    value = run["metrics"].get(metric, bottom)
+                    axes.plot(
+                        group.lr, value, "o" if whole else "X", color=style["color"], alpha=0.7
+                    )
+        axes.set_xscale("log")
+
+    return _chart("learning rate before scaling (X: broken run)", ylabel, draw)

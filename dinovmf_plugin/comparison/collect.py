@@ -1,0 +1,231 @@
+"""All finished runs of a folder as one JSON file, one page, one Markdown table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dinovmf_plugin.analysis.report import Page, table
+from dinovmf_plugin.comparison.charts import curve_charts, seeds_chart, stability_chart
+from dinovmf_plugin.comparison.paper_ablation import PAPER_ABLATION, PAPER_ABLATION_SEEDS
+from dinovmf_plugin.comparison.results import Group, group_runs, read_results
+from dinovmf_plugin.comparison.stability import (
+    breaking_points,
+    stability_rows,
+    stability_sentences,
+)
+from dinovmf_plugin.comparison.statistics import mean_and_std, with_spread
+from dinovmf_plugin.comparison.tables import (
+    Table,
+    ablation_table,
+    comparison_table,
+    difference_sentences,
+    markdown,
+    metric_name,
+    paper_table,
+    utilization_table,
+)
+from dinovmf_plugin.evaluation.run_folder import write_atomic, write_json
+
+__all__ = ["collect"]
+
+_LIMITS = (
+    "Mean ± standard deviation over seeds. One seed moves initialisation, order and crops of the training "
+    "together; the held-out images and the labelled splits are the same for all runs."
+)
+
+
+def _summary(group: Group) -> dict[str, Any]:
+    metrics = {}
+    for metric in group.metrics:
+        values = group.values(metric)
+        mean, std = mean_and_std(values)
+        metrics[metric] = {"mean": mean, "std": std, "values": values}
+    return {
+        "label": group.label,
+        "lr": group.lr,
+        "normalization": group.switches[0],
+        "centering": group.switches[1],
+        "seeds": [run["seed"] for run in group.runs],
+        "outcomes": [run["outcome"] for run in group.runs],
+        "metrics": metrics,
+    }
+
+
+def _ordered(groups: Sequence[Group], kind: str) -> list[Group]:
+    """The ablation in the order of Table 1, others as they were found."""
+    if kind != "ablation":
+        return list(groups)
+    order = list(PAPER_ABLATION)
+    return sorted(
+        groups, key=lambda g: order.index(g.switches) if g.switches in order else len(order)
+    )
+
+
+def _baseline(groups: Sequence[Group], kind: str) -> Group:
+    """DINO's own cell in the ablation, the first candidate otherwise."""
+    plain = [g for g in groups if g.switches == ("none", "logit")]
+    return plain[0] if kind == "ablation" and plain else groups[0]
+
+
+def _tables(groups: Sequence[Group], kind: str, headline: str) -> list[tuple[str, Table]]:
+    metrics = list(dict.fromkeys(metric for group in groups for metric in group.metrics))
+    knn = [metric for metric in metrics if metric.startswith("knn_")]
+    others = [metric for metric in metrics if not metric.startswith("knn_")]
+    found: list[tuple[str, Table]] = []
+    if kind == "ablation":
+        found.append((f"{metric_name(headline)}, top-1 (%)", ablation_table(groups, headline)))
+        if others:
+            found.append(("Linear and few-shot, top-1 (%)", comparison_table(groups, others)))
+    else:
+        found.append(("Top-1 (%)", comparison_table(groups, [headline, *others])))
+        paper = paper_table(groups)
+        if paper is not None:
+            found.append(("The paper's numbers (ImageNet, not this data)", paper))
+    found.append(("kNN by number of neighbours, top-1 (%)", comparison_table(groups, knn)))
+    used = utilization_table(groups)
+    if used is not None:
+        found.append(("Prototypes of the teacher", used))
+    return found
+
+
+def _baseline_row(results: Sequence[dict[str, Any]], headline: str) -> str:
+    names = dict.fromkeys(name for result in results for name in result["baselines"])
+    parts = []
+    for name in names:
+        values = [r["baselines"][name][headline] for r in results if name in r["baselines"]]
+        parts.append(f"{name} {with_spread(sorted(set(values)))} %")
+    return f"{metric_name(headline)} without training: {', '.join(parts)}." if parts else ""
+
+
+def collect(output_dir: str | Path) -> dict[str, Any]:
+    """Write ``KIND.json``, ``KIND.html`` and ``KIND.md`` (KIND is ``ablation`` or ``compare``).
+
+    Returns:
+        What the JSON file holds.
+
+    Raises:
+        FileNotFoundError: if no run has finished.
+        ValueError: if results contradict each other.
+    """
+    root = Path(output_dir)
+    results = read_results(root)
+    settings = results[0]["settings"]
+    kind, k = settings["kind"], settings["k"]
+    headline = f"knn_k{k}"
+    groups = _ordered(group_runs(results), kind)
+    varied = [group for group in groups if group.lr is not None]
+    sentences = [] if varied else difference_sentences(groups, headline, _baseline(groups, kind))
+    stability = stability_sentences(varied) if varied else []
+    tables = _tables(groups, kind, headline)
+    if varied:
+        tables.insert(0, ("kNN by learning rate, top-1 (%)", stability_rows(varied, headline)))
+    floor = _baseline_row(results, headline)
+    hours = sum(sum(result["seconds"].values()) for result in results) / 3600
+    summary: dict[str, Any] = {
+        "kind": kind,
+        "headline": headline,
+        "groups": [_summary(group) for group in groups],
+        "sentences": [*stability, *sentences],
+        "without_training": floor,
+        "hours": round(hours, 3),
+        "machines": _distinct([result["machine"] for result in results]),
+        "versions": _distinct([result["versions"] for result in results]),
+        "settings": settings,
+        "recipe": results[0]["recipe"],
+        "runs": [_record(result) for result in results],
+    }
+    if varied:
+        summary["breaking_points"] = breaking_points(varied)
+    if kind == "ablation":
+        summary["paper_imagenet_vits16_100_epochs"] = {
+            f"{n}/{c}": {"table_1": value, "table_8": list(PAPER_ABLATION_SEEDS[n, c])}
+            for (n, c), value in PAPER_ABLATION.items()
+        }
+    write_json(root / f"{kind}.json", summary)
+    text = _markdown(summary, tables)
+    write_atomic(root / f"{kind}.md", lambda file: file.write(text.encode()))
+    content = _page(summary, tables, groups, varied).html().encode()
+    write_atomic(root / f"{kind}.html", lambda file: file.write(content))
+    print(f"\n{text}\n{root / kind}.json, .html, .md")
+    return summary
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
+def _record(result: dict[str, Any]) -> dict[str, Any]:
+    keys = ("folder", "identity", "label", "lr", "seed", "outcome", "diverged", "metrics")
+    kept = {key: result[key] for key in (*keys, "baselines", "prototypes", "seconds", "started")}
+    return {**kept, "curve": result["curve"]}
+
+
+def _setting(summary: dict[str, Any]) -> str:
+    recipe = summary["recipe"]
+    machines = "; ".join(
+        m["gpu"] or f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads"
+        for m in summary["machines"]
+    )
+    return (
+        f"{recipe['backbone']['name']}, {recipe['max_epochs']} epochs, "
+        f"{recipe['method_kwargs']['num_prototypes']} prototypes, {recipe['data']['train_path']}; "
+        f"{len(summary['runs'])} runs, {summary['hours']:.2f} hours of {machines}."
+    )
+
+
+def _markdown(summary: dict[str, Any], tables: Sequence[tuple[str, Table]]) -> str:
+    parts = [_setting(summary)]
+    parts += [f"**{title}**\n\n{markdown(content)}" for title, content in tables]
+    parts += [summary["without_training"], _LIMITS]
+    parts.append("\n".join(f"- {sentence}" for sentence in summary["sentences"]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _page(
+    summary: dict[str, Any],
+    tables: Sequence[tuple[str, Table]],
+    groups: Sequence[Group],
+    varied: Sequence[Group],
+) -> Page:
+    kind, headline = summary["kind"], summary["headline"]
+    title = {"ablation": "Normalisation and centring", "compare": "Methods compared"}[kind]
+    page = Page("Learning rate and stability" if varied else title, _setting(summary))
+    page.section("Result")
+    (first, (header, rows)), *rest = tables
+    page.text(first)
+    page.raw(table(header, rows))
+    for sentence in summary["sentences"]:
+        page.text(sentence)
+    page.text(f"{summary['without_training']} {_LIMITS}".strip(), note=True)
+    ylabel = f"{metric_name(headline)}: top-1 (%)"
+    if varied:
+        page.charts((stability_chart(varied, headline, ylabel), "Accuracy over the learning rate"))
+    else:
+        page.charts((seeds_chart(groups, headline, ylabel), "Every seed, and the mean"))
+    for name, (header, rows) in rest:
+        page.section(name.split(",")[0])
+        page.raw(table(header, rows))
+    charts = curve_charts(groups, int(headline.removeprefix("knn_k")))
+    if charts:
+        page.section("Over time")
+        page.charts(*charts)
+    page.section("Runs")
+    page.raw(
+        table(
+            ["run", "seed", metric_name(headline), "outcome", "minutes"],
+            [
+                [r["label"], str(r["seed"]), r["metrics"].get(headline), r["outcome"],
+                 f"{sum(r['seconds'].values()) / 60:.1f}"]
+                for r in summary["runs"]
+            ],
+        )
+    )  # fmt: skip
+    for run in summary["runs"]:
+        if run["diverged"]:
+            page.text(f"{run['label']}, seed {run['seed']}: {run['diverged']}", note=True)
+    shown = {key: summary[key] for key in ("settings", "recipe", "versions", "machines")}
+    page.details("Settings, versions, machines", json.dumps(shown, indent=2))
+    return page

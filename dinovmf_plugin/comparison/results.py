@@ -1,0 +1,94 @@
+"""Finished runs of a comparison, read back and grouped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinovmf_plugin.comparison.outcome import TRAINS
+from dinovmf_plugin.comparison.run import RESULT
+
+__all__ = ["Group", "group_runs", "read_results"]
+
+
+def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
+    """Every ``result.json`` under ``output_dir/runs``, with its ``folder``, in the order of folders.
+
+    Raises:
+        FileNotFoundError: if no run has finished.
+        ValueError: if two results are of the same candidate, learning rate and seed.
+    """
+    root = Path(output_dir)
+    seen: dict[tuple[Any, ...], str] = {}
+    results = []
+    for path in sorted((root / "runs").glob(f"*/*/{RESULT}")):
+        result: dict[str, Any] = json.loads(path.read_text())
+        result["folder"] = str(path.parent.relative_to(root))
+        key = (result["label"], result["lr"], result["seed"])
+        if key in seen:
+            raise ValueError(
+                f"{result['folder']} and {seen[key]} are both {key[0]} with seed {key[2]}: remove one of "
+                f"the two from {root}"
+            )
+        seen[key] = result["folder"]
+        results.append(result)
+    if not results:
+        raise FileNotFoundError(
+            f"{root} holds no finished run (runs/*/*/{RESULT}): start the comparison first, or name its "
+            "output_dir"
+        )
+    return results
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        label: of the candidate.
+        lr: that was set for it, or None.
+        runs: in the order of seeds.
+    """
+
+    label: str
+    lr: float | None
+    runs: Sequence[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Label and, where it was varied, learning rate."""
+        return self.label if self.lr is None else f"{self.label}, lr {self.lr:g}"
+
+    def values(self, metric: str) -> list[float]:
+        """One accuracy per seed that has one (a run that diverged has none)."""
+        return [run["metrics"][metric] for run in self.runs if metric in run["metrics"]]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of what was measured, in the order of the first run that has them."""
+        return list(dict.fromkeys(metric for run in self.runs for metric in run["metrics"]))
+
+    @property
+    def broken(self) -> list[str]:
+        """Outcomes of the runs that did not train."""
+        return [run["outcome"] for run in self.runs if run["outcome"] != TRAINS]
+
+    @property
+    def switches(self) -> tuple[str, str]:
+        """Normalisation and centring of the first run."""
+        return str(self.runs[0]["normalization"]), str(self.runs[0]["centering"])
+
+
+def group_runs(results: Sequence[dict[str, Any]]) -> list[Group]:
+    """Groups by candidate and learning rate, in the order of first appearance."""
+
+    def groups() -> Iterator[Group]:
+        keys = dict.fromkeys((result["label"], result["lr"]) for result in results)
+        for label, lr in keys:
+            runs = [r for r in results if (r["label"], r["lr"]) == (label, lr)]
+            yield Group(label, lr, sorted(runs, key=lambda run: run["seed"]))
+
+    return list(groups())

@@ -1,0 +1,213 @@
+"""One run of a comparison: pre-train, evaluate the teacher, look at the prototypes, write result.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dinovmf_plugin import registry
+from dinovmf_plugin.comparison.curve import read_curve, read_monitor
+from dinovmf_plugin.comparison.devices import lease_gpu
+from dinovmf_plugin.comparison.outcome import outcome_of
+from dinovmf_plugin.comparison.settings import RunSettings
+from dinovmf_plugin.comparison.training import train
+from dinovmf_plugin.data import demo as demo_data
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.evaluation.run_folder import pick_device, write_json
+from dinovmf_plugin.evaluation.runner import all_versions, evaluate, keep_previous
+from dinovmf_plugin.host.checkpointer import choose_folder, find_checkpoint, run_identity
+from dinovmf_plugin.host.config import parse_cfg
+
+__all__ = ["flat_metrics", "machine", "run_one"]
+
+RESULT = "result.json"
+
+
+def machine() -> dict[str, Any]:
+    """What a duration depends on: processor, cores, threads, GPU.
+
+    Example:
+        >>> sorted(machine())
+        ['cores', 'cpu', 'gpu', 'threads']
+    """
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def flat_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Top-1 accuracies in percent under one name each.
+
+    ``knn_k10``, ``linear_cls`` (the epoch and rate of DINO's report: the best on the validation set),
+    ``few_shot_1 per class`` (mean over the splits), ``transfer`` (average over the data sets).
+
+    Example:
+        >>> flat_metrics({"knn": {"k10": {"top1": 71.0, "top5": 90.0}, "val_images": 7}})
+        {'knn_k10': 71.0}
+    """
+    found: dict[str, float] = {}
+    for key, value in evaluation.get("knn", {}).items():
+        if key.startswith("k") and key[1:].isdigit():
+            found[f"knn_{key}"] = value["top1"]
+    for feature, report in evaluation.get("linear", {}).get("features", {}).items():
+        chosen = report.get("chosen") or report["best"]
+        found[f"linear_{feature}"] = chosen["top1"]
+    for setting, report in evaluation.get("few_shot", {}).get("top1", {}).items():
+        found[f"few_shot_{setting}"] = report["mean"]
+    if "transfer" in evaluation:
+        found["transfer"] = evaluation["transfer"]["average"]["protocol_metric"]
+    return found
+
+
+def _identity(recipe: DictConfig, settings: RunSettings) -> str:
+    """The run's identity (see ``run_identity``) together with how it is evaluated."""
+    shared = settings.comparison.identity()
+    keys = ("image_size", "k", "evaluations", "baselines", "thresholds", "evaluation")
+    text = json.dumps({key: shared[key] for key in keys}, sort_keys=True, default=str)
+    return f"{run_identity(recipe)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _prototypes(
+    checkpoint: str, recipe: DictConfig, settings: RunSettings, crop: CenterCrop, device: str
+) -> dict[str, Any] | None:
+    """Utilisation, void set, usage and concentrations of the plugin's methods; None for others."""
+    if recipe.method not in registry.method_classes():
+        return None
+    from dinovmf_plugin.analysis.embedding import embed, find_images, load_model
+    from dinovmf_plugin.analysis.model_analysis import measure_prototypes
+
+    model = load_model(checkpoint, device=pick_device(device))
+    images = find_images(recipe.data.train_path, "data.train_path", fraction=recipe.data.fraction)
+    options = settings.comparison.evaluation.get("data") or {}
+    found = embed(
+        model,
+        images,
+        crop,
+        batch_size=options.get("batch_size", 64),
+        num_workers=options.get("num_workers", 4),
+        progress=bool(settings.comparison.evaluation.get("progress", True)),
+    )
+    thresholds = settings.comparison.thresholds
+    return measure_prototypes(model, found.y, thresholds, components=False)[0]
+
+
+def _evaluate(
+    checkpoint: str, recipe: DictConfig, settings: RunSettings, folder: Path
+) -> dict[str, Any]:
+    shared = settings.comparison
+    size = shared.image_size or int(OmegaConf.select(recipe, "backbone.kwargs.img_size") or 224)
+    data = {key: recipe.data[key] for key in ("train_path", "val_path")}
+    config = shared.evaluation_config(checkpoint, str(folder), size, data)
+    config["progress"] = bool(shared.evaluation.get("progress", True))
+    found = evaluate(config, file="evaluation")
+    baselines: dict[str, Any] = {}
+    if shared.baselines:
+        config["baselines"] = list(shared.baselines)
+        # the features of the trained network are in the cache: only the baselines cost anything
+        baselines = evaluate(config, ["knn"], "baselines")["baselines"]
+    knn = config["knn"]
+    crop = CenterCrop(knn["resize"], knn["crop_size"], knn.get("interpolation", "bicubic"))
+    prototypes = _prototypes(checkpoint, recipe, settings, crop, config.get("device", "auto"))
+    if not shared.keep_features:
+        shutil.rmtree(config["cache_dir"], ignore_errors=True)
+    return {
+        "evaluation": {name: found[name] for name in shared.evaluations},
+        "metrics": flat_metrics(found),
+        "baselines": {name: flat_metrics(value) for name, value in baselines.items()},
+        "prototypes": prototypes,
+    }
+
+
+def run_one(settings: RunSettings) -> dict[str, Any]:
+    """Train and evaluate one run, unless its finished result is there.
+
+    The run's folder is ``<output_dir>/runs/<method>/<name>-<identity>``. An interrupted run goes on from
+    its newest whole checkpoint; a run whose loss became NaN or infinite is a result too.
+
+    Returns:
+        What ``result.json`` in the run's folder holds.
+
+    Raises:
+        ValueError, FileNotFoundError: for anything wrong in the settings, before training.
+    """
+    shared = settings.comparison
+    shared.check()
+    recipe = settings.recipe()
+    if shared.uses_demo(recipe):
+        demo_data.build(Path(shared.output_dir) / "data", shared.demo)
+    if shared.gpus is not None:
+        lease_gpu(shared.gpus, shared.output_dir)
+    parsed = parse_cfg(recipe.copy())
+    identity = _identity(parsed, settings)
+    found = find_checkpoint(parsed)
+    folder = choose_folder(parsed, found)
+    previous = _finished(folder, identity)
+    if previous is not None:
+        print(f"{recipe.name}: finished before ({folder / RESULT})", flush=True)
+        return previous
+    keep_previous(folder / RESULT)
+    print(f"{recipe.name}: {'going on' if found else 'training'} in {folder}", flush=True)
+    began, started = time.monotonic(), datetime.now(timezone.utc)
+    outcome = train(recipe, shared.curve_every, shared.k)
+    trained = time.monotonic()
+    result: dict[str, Any] = {
+        "identity": identity,
+        "label": settings.candidate.label,
+        "method": parsed.method,
+        "normalization": parsed.method_kwargs.get("normalization"),
+        "centering": parsed.method_kwargs.get("centering"),
+        "seed": settings.seed,
+        "lr": settings.lr,
+        "diverged": outcome["diverged"],
+        "checkpoint": None,
+        "evaluation": {},
+        "metrics": {},
+        "baselines": {},
+        "prototypes": None,
+        "resumed_from": found.name if found else None,
+        "curve": read_curve(folder),
+        "monitor": read_monitor(folder),
+    }
+    if outcome["checkpoint"] is not None:
+        result["checkpoint"] = Path(outcome["checkpoint"]).name
+        result |= _evaluate(outcome["checkpoint"], parsed, settings, folder)
+    result["outcome"] = outcome_of(result, parsed.method_kwargs.get("num_prototypes"), shared.k)
+    result |= {
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": {
+            "training": round(trained - began, 1),
+            "evaluation": round(time.monotonic() - trained, 1),
+        },
+        "machine": machine(),
+        "versions": all_versions(),
+        "recipe": OmegaConf.to_container(parsed, resolve=True),
+        "settings": shared.identity(),
+    }
+    write_json(folder / RESULT, result)
+    knn = result["metrics"].get(f"knn_k{shared.k}")
+    told = result["outcome"] if knn is None else f"kNN {knn:.1f} %, {result['outcome']}"
+    print(f"{recipe.name}: {told} ({sum(result['seconds'].values()):.0f} s)", flush=True)
+    return result
+
+
+def _finished(folder: Path, identity: str) -> dict[str, Any] | None:
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result if result.get("identity") == identity else None

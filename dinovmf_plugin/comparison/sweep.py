@@ -1,0 +1,140 @@
+"""What hydra calls: before a sweep (checks, data), one job, after the sweep (the tables)."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from dinovmf_plugin.cli import one_clear_message
+from dinovmf_plugin.comparison.candidates import Candidate, check_method, sweep_values
+from dinovmf_plugin.comparison.settings import ComparisonSettings, RunSettings, comparison_from
+from dinovmf_plugin.data import demo as demo_data
+from dinovmf_plugin.evaluation.run_folder import open_run_folder
+from dinovmf_plugin.host.config import parse_cfg
+
+__all__ = ["ComparisonCallback", "planned_runs", "register_resolver", "run_job"]
+
+
+def register_resolver() -> None:
+    """``${sweep_values:${seeds}}`` in the configs: a list becomes the values of a sweep."""
+    OmegaConf.register_new_resolver("sweep_values", sweep_values, replace=True)
+
+
+def _listed(config: dict[str, Any], key: str) -> list[Any]:
+    values = config.get(key)
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{key}={values!r} must be a list with at least one value")
+    if len(set(map(str, values))) < len(values):
+        raise ValueError(f"{key}={values!r} names a value twice")
+    return values
+
+
+def planned_runs(config: dict[str, Any], kind: str) -> list[RunSettings]:
+    """Every run that the lists of a config describe.
+
+    Args:
+        config: configs/ablation.yaml or configs/compare.yaml, plain containers.
+        kind: ``ablation`` or ``compare``.
+
+    Raises:
+        ValueError: for an empty list, an unknown method or anything else that cannot work.
+    """
+    shared = comparison_from(config, kind)
+    seeds = _listed(config, "seeds")
+    if not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"seeds={seeds!r} must be whole numbers")
+    if kind == "ablation":
+        if config.get("method") is not None:
+            check_method(config["method"], "method")
+        fixed = {
+            key: value
+            for key, value in (config.get("method_kwargs") or {}).items()
+            if key not in ("normalization", "centering")
+        }
+        candidates = [
+            Candidate(config.get("method"), None, {**fixed, "normalization": n, "centering": c})
+            for n, c in product(_listed(config, "normalizations"), _listed(config, "centerings"))
+        ]
+        lrs: list[float | None] = [None]
+    else:
+        candidates = [Candidate.parse(str(text)) for text in _listed(config, "methods")]
+        lrs = list((config.get("stability") or {}).get("lrs") or [None])
+    for lr in lrs:
+        if lr is not None and not (isinstance(lr, int | float) and lr > 0):
+            raise ValueError(f"stability.lrs={lrs} must be learning rates greater than 0")
+    return [
+        RunSettings(shared, candidate, seed, lr)
+        for candidate, lr, seed in product(candidates, lrs, seeds)
+    ]
+
+
+def _prepare(config: dict[str, Any], kind: str) -> ComparisonSettings:
+    """Checks everything once, binds the folder to its settings, and makes the demo pictures."""
+    runs = planned_runs(config, kind)
+    shared = runs[0].comparison
+    recipes = {run.candidate.label: run.recipe() for run in runs}
+    wants_demo = [recipe for recipe in recipes.values() if shared.uses_demo(recipe)]
+    # the pictures need their folder to be empty or theirs, the settings theirs: bind first
+    open_run_folder(shared.output_dir, {**shared.identity(), **_fixed(config, kind)})
+    if wants_demo:
+        demo_data.build(Path(shared.output_dir) / "data", shared.demo)
+    for label, recipe in recipes.items():
+        _build(label, recipe)
+    print(f"{len(runs)} runs: {', '.join(recipes)}", flush=True)
+    return shared
+
+
+def _fixed(config: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Further keys that all runs share: other method_kwargs than those that the ablation sweeps."""
+    if kind != "ablation":
+        return {}
+    swept = ("normalization", "centering")
+    own = {k: v for k, v in (config.get("method_kwargs") or {}).items() if k not in swept}
+    return {"method": config.get("method"), "method_kwargs": own}
+
+
+def _build(label: str, recipe: DictConfig) -> None:
+    """A recipe that cannot be built is refused before the first run trains."""
+    from dinovmf_plugin.pretraining import build_method
+
+    try:
+        build_method(parse_cfg(recipe.copy()))
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error
+
+
+def run_job(cfg: DictConfig, kind: str) -> None:
+    """One job of the sweep."""
+    from dinovmf_plugin.comparison.run import run_one
+
+    run_one(RunSettings.from_config(cfg, kind))
+
+
+class ComparisonCallback(Callback):
+    """Checks before the sweep, collects after it.
+
+    Args:
+        kind: ``ablation`` or ``compare``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a sweep that cannot work, with one clear message."""
+        one_clear_message(_prepare)(_plain(config), self.kind)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write the tables of everything that has finished."""
+        from dinovmf_plugin.comparison.collect import collect
+
+        one_clear_message(collect)(config.output_dir)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))

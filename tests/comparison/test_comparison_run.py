@@ -1,0 +1,146 @@
+"""A run from recipe to result.json: what it holds, when it is skipped, that a killed one goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinovmf_plugin.comparison import run as run_module
+from dinovmf_plugin.comparison.candidates import Candidate
+from dinovmf_plugin.comparison.curve import CurveRecorder, read_curve
+from dinovmf_plugin.comparison.run import run_one
+from dinovmf_plugin.comparison.settings import RunSettings
+
+VMF = Candidate("dino_multicrop", settings={"normalization": "vmf", "centering": "probability"})
+
+
+@pytest.fixture(scope="module")
+def finished(make_comparison: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Settings, result and folder of one uninterrupted run."""
+    settings = RunSettings(make_comparison(tmp_path_factory.mktemp("whole")), VMF, 3)
+    result = run_one(settings)
+    (path,) = Path(settings.comparison.output_dir).glob("runs/*/*/result.json")
+    return settings, result, path
+
+
+def test_result_holds_what_tables_need(finished: Any) -> None:
+    settings, result, path = finished
+    stored = json.loads(path.read_text())
+    assert stored["metrics"] == pytest.approx(result["metrics"])
+    assert list(result["metrics"]) == [
+        "knn_k1",
+        "knn_k3",
+        "linear_cls",
+        "linear_dino",
+        "few_shot_1 per class",
+        "few_shot_2 per class",
+    ]
+    evaluation = result["evaluation"]
+    assert result["metrics"]["knn_k1"] == evaluation["knn"]["k1"]["top1"]
+    assert (
+        result["metrics"]["linear_cls"] == evaluation["linear"]["features"]["cls"]["best"]["top1"]
+    )
+    assert result["baselines"]["untrained"].keys() == {"knn_k1", "knn_k3"}
+    assert (result["normalization"], result["centering"]) == ("vmf", "probability")
+    assert stored["recipe"]["seed"] == settings.seed == 3
+    assert [record["epoch"] for record in result["curve"]] == [1, 2]
+    # the last point of the curve and the evaluation see the same teacher and the same images
+    assert result["curve"][-1]["top1"] == pytest.approx(result["metrics"]["knn_k1"])
+    # kappa = |g| / tau, and |g| starts at 1
+    assert result["prototypes"]["concentration"]["kappa_median"] == pytest.approx(1 / 0.04, rel=0.2)
+    assert result["prototypes"]["usage"]["images"] == 12
+    assert result["seconds"]["training"] > 0
+    assert not list(path.parent.glob("features/*"))
+
+
+def test_evaluation_crops_are_those_of_the_backbone(finished: Any) -> None:
+    _, result, _ = finished
+    section = result["evaluation"]["knn"]["settings"]
+    assert (section["resize"], section["crop_size"]) == (73, 64)  # 256 and 224, scaled to 64
+
+
+def test_finished_run_is_skipped(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, result, _ = finished
+
+    def train(*_: Any) -> None:
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(run_module, "train", train)
+    assert run_one(settings)["metrics"] == pytest.approx(result["metrics"])
+    with pytest.raises(AssertionError, match="trained again"):
+        run_one(RunSettings(settings.comparison, VMF, 4))
+
+
+def test_killed_run_goes_on_and_ends_where_a_whole_one_does(
+    finished: Any, make_comparison: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole, _ = finished
+    settings = RunSettings(make_comparison(tmp_path), VMF, 3)
+    record = CurveRecorder.on_train_epoch_end
+
+    def dies_in_epoch_2(self: Any, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("killed")
+        record(self, trainer, pl_module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CurveRecorder, "on_train_epoch_end", dies_in_epoch_2)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_one(settings)
+    assert not list(tmp_path.glob("runs/*/*/result.json"))
+
+    result = run_one(settings)
+    assert result["resumed_from"].endswith("ep=0.ckpt")
+    assert whole["resumed_from"] is None
+    assert [r["epoch"] for r in result["curve"]] == [1, 2]
+    losses = [[r["loss"] for r in found["curve"]] for found in (result, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert result["metrics"] == pytest.approx(whole["metrics"])
+
+
+def test_diverged_run_is_a_result(
+    make_comparison: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RunSettings(make_comparison(tmp_path), Candidate("dino_multicrop"), 0, lr=1e30)
+    result = run_one(settings)
+    assert result["outcome"] == "diverged"
+    assert "lr" in result["diverged"]
+    assert result["metrics"] == {}
+    assert result["recipe"]["optimizer"]["lr"] == pytest.approx(1e30 * 4 / 256)
+    monkeypatch.setattr(run_module, "train", None)
+    assert run_one(settings)["outcome"] == "diverged"
+
+
+def test_curve_survives_a_cut_line_and_a_repeated_epoch(tmp_path: Path) -> None:
+    lines = [{"epoch": 1, "loss": 4.0}, {"epoch": 2, "loss": 3.5}, {"epoch": 2, "loss": 3.0}]
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"epoch": 3, "lo'
+    (tmp_path / "curve.jsonl").write_text(text)
+    assert [r["loss"] for r in read_curve(tmp_path)] == [4.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("record", "knn", "outcome"),
+    [
+        ({"loss_over_log_k": 1.0, "student_entropy": math.log(64)}, 90.0, "uniform"),
+        ({"loss_over_log_k": 0.5, "teacher_entropy": math.log(64)}, 90.0, "uniform"),
+        ({"teacher_entropy": 1.0, "batch_largest_win_share": 1.0}, 90.0, "one component"),
+        ({"loss_over_log_k": 0.7, "teacher_entropy": 1.0}, 59.0, "below untrained"),
+        ({"loss_over_log_k": 0.7, "teacher_entropy": 1.0}, 61.0, "trains"),
+        ({"loss_over_log_k": None, "teacher_entropy": None}, 61.0, "trains"),
+    ],
+)
+def test_outcome(record: dict[str, float | None], knn: float, outcome: str) -> None:
+    from dinovmf_plugin.comparison.outcome import outcome_of
+
+    result = {
+        "diverged": None,
+        "monitor": {"step": [{"teacher_entropy": 1.0}, record, record, record]},
+        "metrics": {"knn_k10": knn},
+        "baselines": {"untrained": {"knn_k10": 60.0}},
+    }
+    assert outcome_of(result, 64, 10) == outcome
+    assert outcome_of({**result, "diverged": "nan"}, 64, 10) == "diverged"

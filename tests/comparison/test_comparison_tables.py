@@ -1,0 +1,155 @@
+"""Statistics against numpy and scipy, the layout of the tables, the page, stability."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dinovmf_plugin.comparison.collect import collect
+from dinovmf_plugin.comparison.results import group_runs, read_results
+from dinovmf_plugin.comparison.stability import breaking_points
+from dinovmf_plugin.comparison.statistics import describe_difference, mean_and_std
+
+ACCURACY = {
+    ("none", "logit"): [70.0, 71.0, 72.0],
+    ("none", "probability"): [70.5, 71.5, 72.5],
+    ("l2", "logit"): [60.0, 60.1, 60.2],
+    ("vmf", "probability"): [80.0, 80.2, 80.1],
+}
+
+
+def _cells() -> list[tuple[Any, ...]]:
+    return [
+        (
+            f"dino_multicrop normalization={n}, centering={c}",
+            seed,
+            values[seed],
+            {"switches": (n, c)},
+        )
+        for (n, c), values in ACCURACY.items()
+        for seed in range(3)
+    ]
+
+
+def test_mean_and_std_are_those_of_the_sample() -> None:
+    values = np.random.default_rng(0).normal(70, 3, size=5).tolist()
+    mean, std = mean_and_std(values)
+    assert mean == pytest.approx(np.mean(values))
+    assert std == pytest.approx(np.sqrt(np.sum((values - np.mean(values)) ** 2) / 4))
+    with pytest.raises(ValueError, match="no value"):
+        mean_and_std([])
+
+
+def test_difference_within_the_spread_is_called_that() -> None:
+    text = describe_difference("a", [70.0, 72.0], "b", [69.0, 72.0])
+    assert "do not differ beyond the seed spread" in text
+    assert f"spread {np.hypot(np.std([70, 72], ddof=1), np.std([69, 72], ddof=1)):.2f}" in text
+
+
+def test_larger_difference_has_welchs_p() -> None:
+    a, b = [75.0, 76.0, 77.5], [70.0, 70.2, 70.1]
+    va, vb = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 3
+    t = (np.mean(a) - np.mean(b)) / np.sqrt(va + vb)
+    freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 2)
+    p = 2 * stats.t.sf(abs(t), freedom)
+    assert f"p = {p:.2g}." in describe_difference("a", a, "b", b)
+    assert "below b" in describe_difference("c", b, "b", a)
+    weak = describe_difference("a", [70.0, 72.0], "b", [67.0, 69.0])
+    assert "do not establish" in weak
+
+
+def test_one_seed_shows_nothing() -> None:
+    assert "shows nothing" in describe_difference("a", [90.0], "b", [10.0, 20.0])
+
+
+def test_ablation_has_the_layout_of_table_1(write_results: Any) -> None:
+    root = write_results(*_cells(), kind="ablation")
+    summary = collect(root)
+    text = (root / "ablation.md").read_text()
+    assert (
+        "| normalization | logit | probability | paper, ImageNet: logit | paper, ImageNet: probability |\n"
+        "|---|---:|---:|---:|---:|\n"
+        "| none | 71.0 ± 1.0 | 71.5 ± 1.0 | 70.18 | 70.49 |\n"
+        "| l2 | 60.1 ± 0.1 | – | 69.51 | 69.86 |\n"
+        "| vmf | – | 80.1 ± 0.1 | 70.21 | 70.87 |\n"
+    ) in text
+    stored = json.loads((root / "ablation.json").read_text())
+    assert stored["sentences"] == summary["sentences"]
+    for group in stored["groups"]:
+        values = ACCURACY[group["normalization"], group["centering"]]
+        knn = group["metrics"]["knn_k10"]
+        assert knn["values"] == values
+        assert knn["mean"] == pytest.approx(np.mean(values))
+        assert knn["std"] == pytest.approx(np.std(values, ddof=1))
+    # against DINO's own cell: one within the spread, one below, one above
+    within, below, above = summary["sentences"]
+    assert "do not differ" in within
+    assert "points below" in below
+    assert "points above" in above
+    assert summary["hours"] == pytest.approx(12 * 36 / 3600, abs=1e-3)
+
+
+def test_page_stands_alone_in_light_and_dark(write_results: Any) -> None:
+    root = write_results(*_cells(), kind="ablation")
+    summary = collect(root)
+    page = (root / "ablation.html").read_text()
+    assert page.count("prefers-color-scheme: dark") > 3
+    assert "http" not in page.replace("http://www.w3.org", "")
+    for sentence in summary["sentences"]:
+        assert sentence.replace("'", "&#x27;") in page
+    for title in ("Over time", "Prototypes of the teacher", "Runs"):
+        assert title in page
+
+
+def test_comparison_table_and_the_papers_numbers(write_results: Any) -> None:
+    runs = [
+        (m, s, 70.0 + s + 5 * (m == "dino_vmf"))
+        for m, s in product(("dino_multicrop", "dino_vmf"), (0, 1))
+    ]
+    root = write_results(*runs)
+    collect(root)
+    text = (root / "compare.md").read_text()
+    assert "|  | kNN, k = 10 | linear [C] | seeds |" in text
+    assert "| dino_vmf | 75.5 ± 0.7 | 77.5 ± 0.7 | 2 |" in text
+    assert "| DINO-vMF | 74.74 | 76.19 | 76.97 | 39.2 | 49.4 | 59.1 | 65 |" in text
+    assert "not this data" in text
+    # unique prototypes 50 and 51, one of two runs with a void set
+    assert "| dino_vmf | 50 ± 1 | 9 ± 0 | 1 of 2 | 30 ± 0 | 8.0 ± 0.0 | 10.5 ± 0.7 |" in text
+    assert "untrained 60.0 %" in text
+
+
+def test_stability_names_where_each_breaks(write_results: Any) -> None:
+    runs: list[tuple[Any, ...]] = []
+    for seed in (0, 1):
+        runs += [
+            ("dino_multicrop", seed, 70.0, {"lr": 0.1}),
+            ("dino_multicrop", seed, None if seed else 71.0,
+             {"lr": 0.2, "outcome": "diverged" if seed else "trains"}),
+            ("dino_multicrop", seed, 50.0, {"lr": 0.4, "outcome": "below untrained"}),
+            ("dino_vmf", seed, 72.0, {"lr": 0.1}),
+            ("dino_vmf", seed, 73.0, {"lr": 0.4}),
+        ]  # fmt: skip
+    root = write_results(*runs)
+    found = breaking_points(group_runs(read_results(root)))
+    assert found["dino_multicrop"]["breaks_at"] == 0.2
+    assert found["dino_multicrop"]["outcomes"] == {"diverged": 1}
+    assert found["dino_multicrop"]["highest_whole"] == 0.1
+    assert found["dino_vmf"]["breaks_at"] is None
+    summary = collect(root)
+    first, second = summary["sentences"]
+    assert (
+        "breaks at learning rate 0.2 (1 diverged of 2 seeds); all runs trained up to 0.1" in first
+    )
+    assert "did not break at any learning rate tried, up to 0.4" in second
+    text = (root / "compare.md").read_text()
+    assert (
+        "| dino_multicrop | 70.0 ± 0.0 | 71.0; 1 of 2 diverged | 50.0 ± 0.0; 2 of 2 below untrained |"
+        in text
+    )
+    assert "| dino_vmf | 72.0 ± 0.0 | – | 73.0 ± 0.0 |" in text
+    assert "the loss became nan at step 3" in (root / "compare.html").read_text()
