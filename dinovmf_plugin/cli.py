@@ -28,7 +28,7 @@ def one_clear_message(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except KeyboardInterrupt:
-            print("\ninterrupted: the last checkpoint is on disk", file=sys.stderr)
+            print("\ninterrupted: what was finished before is on disk", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
             if (

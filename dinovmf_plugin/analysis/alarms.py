@@ -1,4 +1,4 @@
-"""When a training's records mean collapse, and what to change then (protocols.md section 6)."""
+"""When a training's records mean collapse, and what to change then."""
 
 from __future__ import annotations
 

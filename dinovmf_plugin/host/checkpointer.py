@@ -72,7 +72,7 @@ def is_whole(path: Path) -> bool:
 
 def _epoch_of(path: Path) -> int:
     with contextlib.suppress(ValueError):
-        return int(path.stem.rsplit("ep=", 1)[-1])
+        return int(path.stem.rsplit("-ep", 1)[-1])
     return -1
 
 
@@ -111,7 +111,7 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
 
 
 class Checkpointer(_HostCheckpointer):
-    """Saves ``<dir>/<method>/<name>-<identity>/<name>-ep=<epoch>.ckpt`` and ``args.json`` beside it.
+    """Saves ``<dir>/<method>/<name>-<identity>/<name>-ep<epoch>.ckpt`` and ``args.json`` beside it.
 
     The folder holds exactly one ``.ckpt``; the one before it waits in ``previous/`` (all of them with
     ``checkpoint.keep_prev``).
@@ -166,7 +166,7 @@ class Checkpointer(_HostCheckpointer):
 
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint beside its place, then move it there."""
-        target = self.path / f"{self.cfg.name}-ep={trainer.current_epoch}.ckpt"
+        target = self.path / f"{self.cfg.name}-ep{trainer.current_epoch}.ckpt"
         temporary = target.with_name(target.name + ".tmp")
         try:
             trainer.save_checkpoint(temporary)

@@ -97,7 +97,7 @@ def test_four_epochs__equal_two_plus_two(
         fit(first, crop_loader(steps), callbacks=[first_log], **kwargs)
     second, second_log = build(_cfg(tiny_cfg, tmp_path / "parts", method), seed=123), Log()
     checkpoint = find_checkpoint(second.cfg)
-    assert checkpoint.name == "tiny-ep=1.ckpt"
+    assert checkpoint.name == "tiny-ep1.ckpt"
     trainer = fit(
         second, crop_loader(steps), callbacks=[second_log], ckpt_path=checkpoint, **kwargs
     )
@@ -205,7 +205,7 @@ def test_last_epoch__saved_though_the_frequency_would_skip_it(
 ):
     cfg = _cfg(tiny_cfg, tmp_path, max_epochs=5, **{"checkpoint.frequency": 3})
     fit(build(cfg), crop_loader(1))
-    assert _files(cfg) == ["previous/tiny-ep=2.ckpt", "tiny-ep=4.ckpt"]
+    assert _files(cfg) == ["previous/tiny-ep2.ckpt", "tiny-ep4.ckpt"]
 
 
 def test_early_stop__its_epoch_is_saved(tiny_cfg, crop_loader, build, fit, tmp_path):
@@ -215,7 +215,7 @@ def test_early_stop__its_epoch_is_saved(tiny_cfg, crop_loader, build, fit, tmp_p
 
     cfg = _cfg(tiny_cfg, tmp_path, max_epochs=9, **{"checkpoint.frequency": 5})
     fit(build(cfg), crop_loader(1), callbacks=[Stop()])
-    assert _files(cfg) == ["tiny-ep=1.ckpt"]
+    assert _files(cfg) == ["tiny-ep1.ckpt"]
 
 
 def test_ablation_cells__never_resume_from_each_other(tiny_cfg, crop_loader, build, fit, tmp_path):
@@ -242,18 +242,18 @@ def test_truncated_newest_checkpoint__falls_back_to_the_one_before(
     module = build(_cfg(tiny_cfg, tmp_path, max_epochs=2))
     fit(module, crop_loader(2))
     newest = find_checkpoint(module.cfg)
-    assert newest.name == "tiny-ep=1.ckpt"
+    assert newest.name == "tiny-ep1.ckpt"
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     capsys.readouterr()
     before = find_checkpoint(module.cfg)
-    assert before.name == "tiny-ep=0.ckpt"
+    assert before.name == "tiny-ep0.ckpt"
     assert f"{newest} is truncated" in capsys.readouterr().out
     # and training goes on from there to the same end
     resumed = build(_cfg(tiny_cfg, tmp_path, max_epochs=2))
     fit(resumed, crop_loader(2), ckpt_path=before)
     _assert_identical(dict(resumed.state_dict()), dict(module.state_dict()))
     assert is_whole(find_checkpoint(resumed.cfg))
-    assert _files(module.cfg) == ["previous/tiny-ep=0.ckpt", "tiny-ep=1.ckpt"]
+    assert _files(module.cfg) == ["previous/tiny-ep0.ckpt", "tiny-ep1.ckpt"]
 
 
 # ---- non-finite ----------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_non_finite_loss__stops_names_the_step_keeps_the_checkpoint(
         fit(module, crop_loader(2), callbacks=[Poison()])
     assert "optimizer.lr" in str(caught.value)
     checkpoint = find_checkpoint(module.cfg)
-    assert checkpoint.name == "tiny-ep=0.ckpt"
+    assert checkpoint.name == "tiny-ep0.ckpt"
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(bool(v.isfinite().all()) for v in state.values())
 
@@ -293,5 +293,5 @@ def test_non_finite_weights__never_replace_a_good_checkpoint(
     module = build(_cfg(tiny_cfg, tmp_path))
     with pytest.raises(NonFiniteLossError, match=r"head\.mlp\.0\.weight .*step 4 \(epoch 1\)"):
         fit(module, crop_loader(2), callbacks=[Poison()])
-    assert find_checkpoint(module.cfg).name == "tiny-ep=0.ckpt"
-    assert _files(module.cfg) == ["tiny-ep=0.ckpt"]
+    assert find_checkpoint(module.cfg).name == "tiny-ep0.ckpt"
+    assert _files(module.cfg) == ["tiny-ep0.ckpt"]
