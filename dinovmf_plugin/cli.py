@@ -11,8 +11,10 @@ from typing import Any
 __all__ = ["one_clear_message"]
 
 
-def _expected_errors() -> tuple[type[BaseException], ...]:
-    return (ValueError, FileNotFoundError, OSError, ImportError)
+def _is_expected(error: Exception) -> bool:
+    """The user's input, files and machine; and the errors that this package defines."""
+    ours = type(error).__module__.startswith("dinovmf_plugin.")
+    return ours or isinstance(error, (ValueError, OSError, ImportError))
 
 
 def one_clear_message(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,10 +33,7 @@ def one_clear_message(function: Callable[..., Any]) -> Callable[..., Any]:
             print("\ninterrupted: what was finished before is on disk", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
-            if (
-                isinstance(error, _expected_errors())
-                or type(error).__name__ == "NonFiniteLossError"
-            ):
+            if _is_expected(error):
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(2)
             raise

@@ -21,6 +21,7 @@ from PIL import Image
 from dinovmf_plugin.data.color import color_matrices
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.folders import ImageFolder
+from dinovmf_plugin.data.images import UnreadableImageError
 from dinovmf_plugin.data.parameters import UNIFORMS_PER_CROP, draw_parameters
 from dinovmf_plugin.data.recipe import Crop, Recipe
 from dinovmf_plugin.data.sampling import sample_uniforms
@@ -51,7 +52,7 @@ def _read(path: str) -> tuple[npt.NDArray[np.uint8], int, int]:
             data = file.read()
         width, height = Image.open(io.BytesIO(data)).size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RuntimeError(f"cannot read the image {path!r}: {error}") from error
+        raise UnreadableImageError(f"cannot read the image {path!r}: {error}") from error
     return np.frombuffer(data, dtype=np.uint8), height, width
 
 

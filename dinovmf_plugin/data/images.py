@@ -20,6 +20,10 @@ _TAIL_BYTES = 4096
 _JPEG_END = b"\xff\xd9"
 
 
+class UnreadableImageError(RuntimeError):
+    """An image file is truncated, or is no image; the message names it."""
+
+
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Reads an image completely, as RGB.
 
@@ -34,7 +38,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RuntimeError(f"cannot read the image {os.fspath(path)!r}: {error}") from error
+        raise UnreadableImageError(f"cannot read the image {os.fspath(path)!r}: {error}") from error
 
 
 def _full(path: str) -> str | None:
@@ -130,7 +134,7 @@ def refuse_or_drop(
         The readable images.
 
     Raises:
-        RuntimeError: there are unreadable images and ``skip`` is False (the message names them), or
+        UnreadableImageError: there are unreadable images and ``skip`` is False (the message names them), or
         nothing else is left.
     """
     if not unreadable:
@@ -140,12 +144,12 @@ def refuse_or_drop(
             f"{images.path(i)} ({problem})" for i, problem in list(unreadable.items())[:_MAX_NAMED]
         ]
         more = f" and {len(unreadable) - _MAX_NAMED} more" if len(unreadable) > _MAX_NAMED else ""
-        raise RuntimeError(
+        raise UnreadableImageError(
             f"{key}: {len(unreadable)} of {len(images)} images cannot be read: {'; '.join(named)}{more}. "
             "Repair or remove them, or set data.skip_unreadable=True to train without them"
         )
     if len(unreadable) == len(images):
-        raise RuntimeError(
+        raise UnreadableImageError(
             f"{key}: none of the {len(images)} images in {str(images.root)!r} can be read"
         )
     return images.subset(np.setdiff1d(np.arange(len(images)), np.array(list(unreadable))))
