@@ -18,7 +18,7 @@ from dinovmf_plugin.data.dali_feed import (
 )
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.folders import ImageFolder
-from dinovmf_plugin.data.images import find_unreadable
+from dinovmf_plugin.data.images import UnreadableImageError, find_unreadable
 from dinovmf_plugin.data.recipe import Recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
 
@@ -98,14 +98,14 @@ class _Runner:
 
     def _named(self, error: RuntimeError) -> RuntimeError:
         """The error, with the name of the file that caused it where there is one."""
-        if "cannot read the image" in str(error):
+        if isinstance(error, UnreadableImageError):
             return error
         paths = [self.images.path(i) for indices in self._feed.in_flight for i in indices]
         bad = find_unreadable(paths, check="full", progress=False)
         if not bad:
             return error
         names = "; ".join(f"{paths[i]!r} ({problem})" for i, problem in list(bad.items())[:10])
-        return RuntimeError(
+        return UnreadableImageError(
             f"cannot read the image {names}: repair or remove it, or set data.skip_unreadable=True"
         )
 
@@ -144,7 +144,7 @@ class DALILoader(ResumableLoader):
 
     Raises:
         ValueError: unknown device, or ``gpu`` without CUDA.
-        RuntimeError: while iterating, an image cannot be read; the message names it.
+        UnreadableImageError: while iterating, an image cannot be read; the message names it.
 
     Differs from upstream:
         solo-learn's DALI loader always draws from seed 12 plus the local rank and starts again from

@@ -15,9 +15,7 @@ from dinovmf_plugin.data.folders import ImageFolder
 CHECKS = ("fast", "full", "none")
 _MAX_NAMED = 10
 _CHUNK = 256
-# A JPEG may carry padding or a maker's data behind its end marker.
-_TAIL_BYTES = 4096
-_JPEG_END = b"\xff\xd9"
+_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 
 
 class UnreadableImageError(RuntimeError):
@@ -28,7 +26,7 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Reads an image completely, as RGB.
 
     Raises:
-        RuntimeError: it cannot be read; the message names the file.
+        UnreadableImageError: it cannot be read; the message names the file.
     """
     try:
         with open(path, "rb") as file:
@@ -50,18 +48,20 @@ def _full(path: str) -> str | None:
 
 
 def _fast(path: str) -> str | None:
-    """Looks at header and end; decodes what looks wrong, so that no whole image is refused."""
+    """Looks at start and end; decodes what looks wrong, so that no whole image is refused."""
     try:
         with open(path, "rb") as file:
-            image = Image.open(file)
-            if image.format == "JPEG":
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - _TAIL_BYTES))
-                if _JPEG_END in file.read():
+            if file.read(len(_JPEG_START)) == _JPEG_START:
+                # The end marker cannot occur inside the compressed data.
+                file.seek(-len(_JPEG_END), os.SEEK_END)
+                if file.read() == _JPEG_END:
                     return None
-            elif image.format == "PNG":
-                image.verify()  # checksums of all chunks, no decoding
-                return None
+            else:
+                file.seek(0)
+                image = Image.open(file)
+                if image.format == "PNG":
+                    image.verify()  # checksums of all chunks, no decoding
+                    return None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return str(error)
     return _full(path)
@@ -74,7 +74,7 @@ def find_unreadable(
 
     Args:
         paths: files.
-        check: ``fast`` reads the header and the end of JPEG files and the checksums of PNG files,
+        check: ``fast`` reads the start and the end of JPEG files and the checksums of PNG files,
             and decodes what looks wrong and all other formats; it finds truncated and non-image
             files. ``full`` decodes everything. ``none`` nothing.
         num_threads: files looked at at the same time.
@@ -134,8 +134,8 @@ def refuse_or_drop(
         The readable images.
 
     Raises:
-        UnreadableImageError: there are unreadable images and ``skip`` is False (the message names them), or
-        nothing else is left.
+        UnreadableImageError: there are unreadable images and ``skip`` is False (the message names
+        them), or nothing else is left.
     """
     if not unreadable:
         return images

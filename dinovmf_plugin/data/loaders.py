@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from dinovmf_plugin.data.folders import ImageFolder
-from dinovmf_plugin.data.images import open_image
+from dinovmf_plugin.data.images import UnreadableImageError, open_image
 from dinovmf_plugin.data.recipe import Recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
 from dinovmf_plugin.data.transforms import MultiCropTransform
@@ -38,7 +38,7 @@ class FolderSource:
         return len(self.images)
 
     def image(self, index: int) -> Image.Image:
-        """Reads image ``index``; an unreadable one raises RuntimeError with its name."""
+        """Reads image ``index``; an unreadable one raises an error with its name."""
         return open_image(self.images.path(index))
 
     def label(self, index: int) -> int:
@@ -121,4 +121,9 @@ class PretrainLoader(ResumableLoader):
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Any]]:
         self._order.epoch, self._order.start = epoch, start
-        yield from self._loader
+        try:
+            yield from self._loader
+        except UnreadableImageError as error:
+            # PyTorch puts a worker's whole traceback into the message.
+            sentence = str(error).rsplit(f"{UnreadableImageError.__name__}: ", 1)[-1].strip()
+            raise UnreadableImageError(sentence) from error

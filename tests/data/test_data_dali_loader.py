@@ -11,6 +11,7 @@ pytest.importorskip("nvidia.dali", reason="needs nvidia-dali")
 from dinovmf_plugin.data.dali import DALIEvaluationLoader, DALILoader
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.folders import list_images
+from dinovmf_plugin.data.images import UnreadableImageError
 from dinovmf_plugin.data.loaders import FolderSource, PretrainLoader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan
@@ -171,7 +172,7 @@ def test_unreadable_image_is_named_while_training(
         bad.unlink()
     else:
         bad.write_bytes(content[: len(content) // 3] if damage == "truncated" else b"<html>")
-    with pytest.raises(RuntimeError, match=r"cannot read the image '.*cat/003\.jpg'"):
+    with pytest.raises(UnreadableImageError, match=r"^cannot read the image '.*cat/003\.jpg'"):
         list(loader)  # its two batches hold all eight images
 
 

@@ -6,7 +6,12 @@ import pytest
 from PIL import Image
 
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.data.images import find_unreadable, open_image, refuse_or_drop
+from dinovmf_plugin.data.images import (
+    UnreadableImageError,
+    find_unreadable,
+    open_image,
+    refuse_or_drop,
+)
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def test_finds_exactly_the_bad_ones(mixed: Path, check: str) -> None:
 def test_one_error_names_all(mixed: Path) -> None:
     images = list_images(mixed)
     bad = find_unreadable([images.path(i) for i in range(len(images))])
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(UnreadableImageError) as error:
         refuse_or_drop(images, bad)
     message = str(error.value)
     assert message.startswith("data.train_path: 7 of 18 images cannot be read: ")
@@ -61,7 +66,7 @@ def test_skipped_with_what_is_left(mixed: Path) -> None:
     assert len(kept) == 11
     assert not any("bad-" in kept.path(i) for i in range(len(kept)))
     everything = dict.fromkeys(range(len(images)), "broken")
-    with pytest.raises(RuntimeError, match="none of the 18 images in .* can be read"):
+    with pytest.raises(UnreadableImageError, match="none of the 18 images in .* can be read"):
         refuse_or_drop(images, everything, skip=True)
 
 
@@ -83,7 +88,7 @@ def test_check_is_named() -> None:
 
 
 def test_open_image__names_the_file(mixed: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"cannot read the image '.*bad-truncated\.jpg'"):
+    with pytest.raises(UnreadableImageError, match=r"cannot read the image '.*bad-truncated\.jpg'"):
         open_image(mixed / "c" / "bad-truncated.jpg")
     picture = open_image(mixed / "c" / "alpha.png")
     assert isinstance(picture, Image.Image)

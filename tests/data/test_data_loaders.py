@@ -6,6 +6,7 @@ import torch
 
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import list_images
+from dinovmf_plugin.data.images import UnreadableImageError
 from dinovmf_plugin.data.loaders import FolderSource, PretrainLoader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan
@@ -97,7 +98,7 @@ def test_unreadable_image_is_named_while_training(
     source = FolderSource(list_images(root))
     recipe = parse_recipe([{"crop_size": 8, "num_crops": 1, "rrc": {"enabled": False}}])
     loader = PretrainLoader(source, recipe, EpochPlan(4, 4), num_workers=1)
-    with pytest.raises(RuntimeError, match=r"cannot read the image '.*cat/001\.jpg'"):
+    with pytest.raises(UnreadableImageError, match=r"^cannot read the image '.*cat/001\.jpg'"):
         list(loader)
 
 
