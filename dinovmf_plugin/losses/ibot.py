@@ -14,8 +14,9 @@ from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["ibot_patch_loss", "masked_token_weights", "patch_targets", "update_patch_center"]
 
-# scores of one chunk of patches: small beside what the masked patches need, large enough to be fast
-_CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}
+# Scores of one chunk of patches. 2**23 float32 are 32 MiB: from this size on, glibc gives every block back;
+# with smaller ones its heap fragments, and sometimes grows by all the scores together.
+_CHUNK_NUMBERS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
 def masked_token_weights(masks: Tensor) -> Tensor:
