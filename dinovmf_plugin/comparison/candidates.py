@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -116,6 +116,22 @@ def _composing() -> Iterator[None]:
         yield
 
 
+def _leave_out_foreign_settings(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Drop the recipe's ``method_kwargs`` that its method does not have.
+
+    One recipe serves several methods: a teacher temperature to warm up from means nothing to MSN. What the
+    user named in ``overrides`` stays, so that a mistake there is refused.
+    """
+    method = registry.method_classes().get(cfg.method)
+    if method is None:
+        return
+    known = {item.name for item in fields(method.settings_class)}
+    named = " ".join(overrides)
+    for key in [str(key) for key in cfg.method_kwargs]:
+        if key not in known and f"method_kwargs.{key}=" not in named:
+            del cfg.method_kwargs[key]
+
+
 def compose_recipe(
     recipe: str,
     candidate: Candidate,
@@ -127,6 +143,9 @@ def compose_recipe(
     checkpoint_dir: str = "trained_models",
 ) -> DictConfig:
     """The recipe of one run, not yet parsed (``host.config.parse_cfg`` scales the learning rate).
+
+    ``method_kwargs`` of the recipe that the method does not have are left out; the run's ``result.json``
+    holds what is left.
 
     Args:
         recipe: config of the recipe, unless the candidate names its own.
@@ -151,6 +170,7 @@ def compose_recipe(
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"recipe={name!r} with overrides={arguments}: {first}") from error
     OmegaConf.set_struct(cfg, False)
+    _leave_out_foreign_settings(cfg, overrides)
     for key, value in candidate.settings.items():
         OmegaConf.update(cfg, f"method_kwargs.{key}", value, force_add=True)
     for key, path in (data or {}).items():

@@ -15,7 +15,7 @@ __all__ = ["Group", "group_runs", "read_results"]
 
 
 def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
-    """Every ``result.json`` under ``output_dir/runs``, with its ``folder``, in the order of folders.
+    """Every ``result.json`` under ``output_dir/runs``, with its ``folder``, in the order of their starts.
 
     Raises:
         FileNotFoundError: if no run has finished.
@@ -40,7 +40,7 @@ def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
             f"{root} holds no finished run (runs/*/*/{RESULT}): start the comparison first, or name its "
             "output_dir"
         )
-    return results
+    return sorted(results, key=lambda result: result["started"])
 
 
 @dataclass(frozen=True)

@@ -191,16 +191,16 @@ class RunSettings:
             config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         shared = comparison_from(config, kind)
         settings = dict(config.get("method_kwargs") or {})
-        name = config.get("method")
         if kind == "ablation":
+            name = config.get("base_method")
             if name is not None:
-                check_method(name, "method")
+                check_method(name, "base_method")
             for key in ("normalization", "centering"):
                 if settings.get(key) is None:
                     raise ValueError(f"method_kwargs.{key}=null must be set, or swept by hydra")
             candidate = Candidate(name, None, settings)
         else:
-            candidate = Candidate.parse(str(name), "methods")
+            candidate = Candidate.parse(str(config.get("candidate")), "candidate")
         seed = config.get("seed")
         if not isinstance(seed, int):
             raise ValueError(f"seed={seed!r} must be a whole number, or swept by hydra")

@@ -48,15 +48,15 @@ def planned_runs(config: dict[str, Any], kind: str) -> list[RunSettings]:
     if not all(isinstance(seed, int) for seed in seeds):
         raise ValueError(f"seeds={seeds!r} must be whole numbers")
     if kind == "ablation":
-        if config.get("method") is not None:
-            check_method(config["method"], "method")
+        if config.get("base_method") is not None:
+            check_method(config["base_method"], "base_method")
         fixed = {
             key: value
             for key, value in (config.get("method_kwargs") or {}).items()
             if key not in ("normalization", "centering")
         }
         candidates = [
-            Candidate(config.get("method"), None, {**fixed, "normalization": n, "centering": c})
+            Candidate(config.get("base_method"), None, {**fixed, "normalization": n, "centering": c})
             for n, c in product(_listed(config, "normalizations"), _listed(config, "centerings"))
         ]
         lrs: list[float | None] = [None]
@@ -94,7 +94,7 @@ def _fixed(config: dict[str, Any], kind: str) -> dict[str, Any]:
         return {}
     swept = ("normalization", "centering")
     own = {k: v for k, v in (config.get("method_kwargs") or {}).items() if k not in swept}
-    return {"method": config.get("method"), "method_kwargs": own}
+    return {"base_method": config.get("base_method"), "method_kwargs": own}
 
 
 def _build(label: str, recipe: DictConfig) -> None:

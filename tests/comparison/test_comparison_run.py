@@ -94,7 +94,7 @@ def test_killed_run_goes_on_and_ends_where_a_whole_one_does(
     assert not list(tmp_path.glob("runs/*/*/result.json"))
 
     result = run_one(settings)
-    assert result["resumed_from"].endswith("ep=0.ckpt")
+    assert result["resumed_from"].endswith("-ep0.ckpt")
     assert whole["resumed_from"] is None
     assert [r["epoch"] for r in result["curve"]] == [1, 2]
     losses = [[r["loss"] for r in found["curve"]] for found in (result, whole)]

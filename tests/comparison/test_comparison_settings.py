@@ -49,7 +49,10 @@ def test_sweeps_are_those_of_the_paper(configs: dict[str, DictConfig]) -> None:
         "seed": "0,1,2",
     }
     params = configs["compare"].hydra.sweeper.params
-    assert params.method == "'dino_multicrop','dino_vmf','ibot','ibot_vmf','msn'"
+    assert (
+        params.candidate
+        == "'dino_multicrop','dino_vmf','ibot','ibot_vmf','msn:teacher_temperature=0.025'"
+    )
     assert (params.lr, params.seed) == ("null", "0,1,2")
 
 
@@ -91,6 +94,15 @@ def test_candidates_change_what_they_name(tmp_path: Path) -> None:
     assert recipe.name == "imagenet-dino_vits16-normalization-l2-clip_grad-0.3-lr0.25-seed5"
 
 
+def test_recipe_settings_that_a_method_lacks_are_left_out() -> None:
+    recipe = compose_recipe("demo_recipe", Candidate("msn"), seed=0)
+    assert "warmup_teacher_temperature" not in recipe.method_kwargs
+    assert recipe.method_kwargs.num_prototypes == 1024
+    named = ["+method_kwargs.no_such_key=1"]
+    recipe = compose_recipe("demo_recipe", Candidate("msn"), seed=0, overrides=named)
+    assert "no_such_key" in recipe.method_kwargs  # for the method itself to refuse
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
@@ -105,7 +117,7 @@ def test_candidates_change_what_they_name(tmp_path: Path) -> None:
         ("compare", {"seeds": []}, r"seeds=\[\] must be a list with at least one"),
         ("compare", {"seeds": ["a"]}, "whole numbers"),
         ("compare", {"stability.lrs": [-1]}, r"stability.lrs=\[-1\]"),
-        ("ablation", {"method": "byol"}, "method: method 'byol' is unknown"),
+        ("ablation", {"base_method": "byol"}, "base_method: method 'byol' is unknown"),
         ("ablation", {"centerings": []}, r"centerings=\[\]"),
         ("ablation", {"k": 7}, r"k=7 must be one of evaluation.knn.ks"),
         ("ablation", {"evaluations": ["linear"]}, "must include knn"),
