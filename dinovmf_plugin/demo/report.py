@@ -173,7 +173,7 @@ def write_report(
     methods, key = results["methods"], f"k{results['settings']['knn']['k']}"
     about, images = results["data"], results["images"]
     page = Page(
-        "DINO and DINO-vMF on real photographs",
+        " and ".join(methods) + ": a first run",
         f"{about['package']} · {images['train']:,} training and {images['val']:,} held-out images · "
         f"{recipe.backbone.name}, {recipe.max_epochs} epochs · {results['seconds'] / 60:.1f} minutes",
     )

@@ -96,7 +96,7 @@ def run_demo(cfg: DictConfig) -> dict[str, Any]:
             known = ", ".join(sorted(registry.method_classes()))
             raise ValueError(f"methods={method!r} is unknown: choose from {known}")
     started = time.monotonic()
-    pictures = demo_data.build(output / "data", cfg.dataset)
+    pictures = demo_data.build(output / "data", cfg.dataset, fraction=cfg.fraction)
     first = parse_cfg(_recipe(cfg, cfg.methods[0], pictures))
     bank, queries = _images(first, True), _images(first, False)
     ks = list(cfg.knn.ks)
