@@ -1,0 +1,272 @@
+"""The wiring of msn and msn_vmf: which view is what, statistics of BatchNorm, and the optimiser's part."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinovmf_plugin import backbones
+from dinovmf_plugin.heads import ProjectionHead
+from dinovmf_plugin.methods.msn import MSN, MSNvMF
+
+TAU_S, TAU_T = 0.1, 0.025
+CELLS = [("l2", "sinkhorn"), ("vmf", "sinkhorn"), ("vmf", "probability")]
+
+
+@pytest.fixture
+def msn_cfg(tiny_cfg) -> Any:
+    """``tiny_cfg`` without the keys that MSN has not; patches of 8 px, so that there are some to drop."""
+
+    def make(method: str = "msn", **overrides: Any) -> Any:
+        cfg = tiny_cfg(method, **{"backbone.kwargs.patch_size": 8}, **overrides)
+        del cfg.method_kwargs["freeze_last_layer"]
+        return cfg
+
+    return make
+
+
+class Watch(Callback):
+    """Keeps what ``look(module)`` returns after every training batch."""
+
+    def __init__(self, look) -> None:
+        self.look, self.seen = look, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.seen.append(self.look(module))
+
+
+# ---- what the names mean -------------------------------------------------------------------------
+
+
+def test_methods__are_one_class_with_two_defaults(msn_cfg, build):
+    vmf, plain = build(msn_cfg("msn_vmf")), build(msn_cfg("msn"))
+    assert isinstance(vmf, MSNvMF)
+    assert isinstance(plain, MSN)
+    assert (vmf.settings.normalization, vmf.settings.centering) == ("vmf", "sinkhorn")
+    assert (plain.settings.normalization, plain.settings.centering) == ("l2", "sinkhorn")
+    assert vmf.prototypes.weight_g.requires_grad
+    assert not plain.prototypes.weight_g.requires_grad
+
+
+def test_prototypes__are_trained_undecayed_and_have_no_copy(msn_cfg, build):
+    module = build(msn_cfg("msn_vmf"))
+    assert isinstance(module.head, ProjectionHead)
+    names = [name for name in module.state_dict() if "weight_v" in name]
+    assert names == ["prototypes.weight_v"]
+    options = {
+        group["name"]: (group["decay"], len(group["params"]))
+        for group in module.configure_optimizers().param_groups
+    }
+    assert options["prototypes_no_decay"] == (False, 2)
+    assert "prototypes" not in options
+    assert {name for name in module.momentum_head.state_dict() if name.startswith("mlp.")}
+    bound = module.prototypes.weight_v.abs().max()  # uniform in +- 1 / sqrt(p)
+    assert 0.9 / math.sqrt(8) < bound <= 1 / math.sqrt(8)
+
+
+# ---- the loss and two steps by hand --------------------------------------------------------------
+
+
+class SlowMSN:
+    """MSN's training step view by view after its paper; the schedules written out."""
+
+    def __init__(self, module: MSN, steps: int) -> None:
+        self.module, self.total, self.count, self.center = module, 1.25 * steps, 0, 0.0
+        groups = {True: [], False: []}
+        self.encoder = [*module.backbone.parameters(), *module.head.parameters()]
+        for p in self.encoder:
+            groups[p.ndim > 1].append(p)
+        prototypes = [p for p in module.prototypes.parameters() if p.requires_grad]
+        groups[False] += prototypes
+        self.optimizer = torch.optim.SGD([{"params": groups[True]}, {"params": groups[False]}])
+
+    def logits(self, y: Tensor, tau: float) -> Tensor:
+        layer = self.module.prototypes
+        w = layer.weight_g.double() * F.normalize(layer.weight_v.double(), dim=-1)
+        logits = y.double() @ w.T / tau
+        if layer.normalization == "vmf":
+            nu, kappa = layer.dim / 2 - 1, layer.weight_g.double().abs().flatten() / tau
+            s = (nu**2 + kappa**2).sqrt()
+            logits = logits + nu * (nu + s).log() - s + 0.5 * s.log()
+        return logits
+
+    def targets(self, crop: Tensor) -> Tensor:
+        module = self.module
+        cls = backbones.forward_tokens(module.momentum_backbone, crop)[:, 0]
+        p = self.logits(module.momentum_head(cls), TAU_T).softmax(-1)
+        if module.settings.centering == "probability":
+            targets = (p.log() - self.center).softmax(-1)
+            self.center = 0.9 * self.center + 0.1 * p.mean(0).log()
+            return targets
+        q = p.T
+        for _ in range(3):
+            q = q / q.sum(dim=1, keepdim=True)
+            q = q / q.sum(dim=0, keepdim=True)
+        return q.T
+
+    def step(self, crops: list[Tensor], keep: Tensor) -> float:
+        module, s = self.module, self.module.settings
+        with torch.no_grad():
+            targets = self.targets(crops[0])
+        anchor = module.head(backbones.forward_tokens(module.backbone, crops[1], keep=keep)[:, 0])
+        # focal crops share one pass of the head, hence BatchNorm's statistics
+        focal = [backbones.forward_tokens(module.backbone, x)[:, 0] for x in crops[2:]]
+        views = [anchor, *module.head(torch.cat(focal)).chunk(len(focal))]
+        log_p = torch.stack([self.logits(y, TAU_S).log_softmax(-1) for y in views])
+        mean = log_p.exp().mean(dim=(0, 1))
+        gap = math.log(len(mean)) + (mean * mean.log()).sum()
+        loss = -(targets * log_p).sum(-1).mean() + s.me_max_weight * gap
+
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in self.encoder]).norm()
+        for p in self.encoder:
+            p.grad *= min(1.0, s.clip_grad / float(norm + 1e-6))
+        progress = self.count / self.total
+        for group, decay in zip(self.optimizer.param_groups, (True, False), strict=True):
+            group["lr"] = 1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
+            wd = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2
+            group["weight_decay"] = wd if decay else 0.0
+        self.optimizer.step()
+        momentum = 0.9 + 0.1 * progress
+        with torch.no_grad():
+            for student, teacher in (
+                (module.backbone, module.momentum_backbone),
+                (module.head, module.momentum_head),
+            ):
+                for p, q in zip(student.parameters(), teacher.parameters(), strict=True):
+                    q.copy_(momentum * q + (1 - momentum) * p)
+        self.count += 1
+        return float(loss.detach())
+
+
+@pytest.mark.parametrize(("normalization", "centering"), CELLS)
+def test_fit__four_steps__equals_slow_loop(
+    msn_cfg, crop_loader, build, fit, normalization, centering
+):
+    """Losses and all parameters; the schedules run over 5 steps, of which 4 are made."""
+    cfg = msn_cfg(
+        "msn",
+        **{
+            "max_epochs": 1,
+            "backbone.kwargs.drop_path_rate": 0.0,
+            "optimizer.name": "sgd",
+            "optimizer.lr": 0.1,
+            "momentum": {"base_tau": 0.9, "final_tau": 1.0},
+            "method_kwargs.normalization": normalization,
+            "method_kwargs.centering": centering,
+            "method_kwargs.patch_drop": 0.3,
+            "method_kwargs.me_max_weight": 0.7,
+            "method_kwargs.clip_grad": 0.5,
+            "method_kwargs.final_weight_decay": 0.4,
+        },
+    )
+    module = build(cfg)
+    if normalization == "vmf":
+        torch.nn.init.uniform_(module.prototypes.weight_g, 0.5, 3)
+    slow = SlowMSN(copy.deepcopy(module), steps=4)
+    kept, draw = [], module.draw_kept_patches
+    module.draw_kept_patches = lambda images: kept.append(draw(images)) or kept[-1]
+    losses = Watch(lambda m: float(m.trainer.callback_metrics["train_loss_step"]))
+    loader = crop_loader(steps=4)
+    fit(module, loader, callbacks=[losses])
+
+    assert [len(keep) for keep in kept] == [math.floor(0.7 * 16)] * 4
+    assert len({tuple(keep.tolist()) for keep in kept}) > 1
+    expected = [slow.step(crops, keep) for (_, crops, _), keep in zip(loader, kept, strict=True)]
+    assert losses.seen == pytest.approx(expected, rel=1e-4)
+    reference = (
+        slow.module.state_dict()
+    )  # with BatchNorm's running statistics, of the teacher's too
+    for name, value in module.state_dict().items():
+        if not name.startswith(("classifier", "centering")):
+            torch.testing.assert_close(
+                value, reference[name], rtol=2e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+# ---- views ---------------------------------------------------------------------------------------
+
+
+def test_views__target_to_the_teacher_anchors_to_the_student(
+    msn_cfg, make_crops, build, monkeypatch
+):
+    module = build(msn_cfg())
+    seen, forward = [], backbones.forward_tokens
+
+    def spy(vit, images, **kwargs):
+        keep = kwargs.get("keep")
+        seen.append((vit is module.backbone, images, None if keep is None else len(keep)))
+        return forward(vit, images, **kwargs)
+
+    monkeypatch.setattr(backbones, "forward_tokens", spy)
+    _, crops, _ = make_crops(batch=4, small=3)
+    module.distillation_loss(crops)
+    teacher, anchor, focal = seen  # one forward of each size
+    assert (teacher[0], teacher[2]) == (False, None)
+    assert torch.equal(teacher[1], crops[0])
+    assert (anchor[0], anchor[2]) == (True, math.floor(0.85 * 16))
+    assert torch.equal(anchor[1], crops[1])
+    assert (focal[0], focal[2]) == (True, None)
+    assert torch.equal(focal[1], torch.cat(crops[2:]))
+    assert module.last_step.student_embeddings.shape[:2] == (4, 4)
+
+
+def test_kept_patches__same_on_every_rank_new_in_every_batch(msn_cfg, build, monkeypatch):
+    module, images = build(msn_cfg()), torch.zeros(1, 3, 224, 224)
+    first = module.draw_kept_patches(images)
+    monkeypatch.setattr(type(module), "global_rank", 1)
+    assert torch.equal(first, module.draw_kept_patches(images))
+    module._batch_index = 1
+    assert not torch.equal(first, module.draw_kept_patches(images))
+
+
+def test_heads__use_batch_statistics_in_training_only(msn_cfg, crop_loader, build, fit):
+    module = build(msn_cfg())
+    modes = Watch(lambda m: {x.training for x in m.momentum_head.modules()})
+    before = module.momentum_head.state_dict()["mlp.1.running_mean"].clone()
+    fit(module, crop_loader(steps=1), callbacks=[modes], max_epochs=1)
+    assert modes.seen == [{True}]
+    after = module.momentum_head.state_dict()["mlp.1.running_mean"]
+    assert not torch.equal(before, after)  # of its own batches: buffers are not averaged
+    assert not torch.equal(after, module.head.state_dict()["mlp.1.running_mean"])
+
+
+def test_momentum__is_a_line_that_the_run_does_not_finish(msn_cfg, build, monkeypatch):
+    module = build(msn_cfg(momentum={"base_tau": 0.996, "final_tau": 1.0}))
+    monkeypatch.setattr(MSN, "total_steps", 800)
+    assert module.schedule_steps == 1000
+    assert module.teacher_momentum(0) == 0.996
+    assert module.teacher_momentum(500) == pytest.approx(0.998)
+    assert module.teacher_momentum(800) == pytest.approx(0.9992)
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("backbone.name", "resnet18", "backbone.name='resnet18' cannot train msn"),
+        ("data.num_large_crops", 3, "augmentations give 3 large crops, but msn needs 2"),
+        ("method_kwargs.patch_drop", 1.0, "method_kwargs.patch_drop=1.0"),
+        ("method_kwargs.schedule_stretch", 0.5, "method_kwargs.schedule_stretch=0.5"),
+        ("method_kwargs.teacher_temperature", 0.1, "teacher_temperature=0.1"),
+        ("method_kwargs.freeze_last_layer", 1, "method_kwargs.freeze_last_layer is no key"),
+        ("method_kwargs.decay_magnitudes", True, "method_kwargs.decay_magnitudes is no key"),
+    ],
+)
+def test_config__impossible_value__is_named(msn_cfg, build, key, value, message):
+    cfg = msn_cfg()
+    from omegaconf import OmegaConf
+
+    OmegaConf.update(cfg, key, value, force_add=True)
+    with pytest.raises(ValueError, match=message):
+        build(cfg)
