@@ -43,12 +43,13 @@ class Plan:
 def choose_plan(weight: Tensor, rows: int, dtype: torch.dtype, product: torch.dtype) -> Plan:
     """Strategy and sizes for ``rows`` student rows, sums in ``dtype``, products in ``product``.
 
-    On a CPU one block takes about the memory of the prototypes' own gradient (at K = 65536), one chunk
-    4 MiB of cache; elsewhere launches are what counts, so that blocks and chunks are large.
+    On a CPU one block takes about the memory of the prototypes' own gradient (at K = 65536) and one
+    chunk 8 MiB: smaller ones are no faster on an idle machine, and slower on a busy one, where threads
+    wait for each other after every operation. Elsewhere, too, launches are what counts.
     """
     num_prototypes, dim = weight.shape
     device = weight.device.type
-    block, chunk = (1 << 24, 1 << 20) if device == "cpu" else (1 << 28, 1 << 26)
+    block, chunk = (1 << 24, 1 << 21) if device == "cpu" else (1 << 28, 1 << 26)
     blocks = math.ceil(rows / max(block // num_prototypes, dim))
     block_rows = math.ceil(rows / blocks)
     chunks = math.ceil(num_prototypes / max(chunk // max(block_rows, dim), 256))
@@ -66,7 +67,7 @@ def multiplies_natively(dtype: torch.dtype, device: str) -> bool:
 
 
 def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
-    """``out <- beta out + alpha a b`` (beta 0 or 1), where ``out`` may be wider than the operands."""
+    """``out <- a b`` (beta 0) or ``out + alpha a b`` (beta 1); ``out`` may be wider than a and b."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
@@ -74,8 +75,8 @@ def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -
     elif a.dtype == torch.float16:  # sums over prototypes may exceed 65504
         product = torch.mm(a.to(out.dtype), b.to(out.dtype))
     else:
-        product = torch.mm(a, b).to(out.dtype)
-    return torch.mul(product, alpha, out=out) if beta == 0 else out.add_(product, alpha=alpha)
+        product = torch.mm(a, b)
+    return out.add_(product, alpha=alpha) if beta else out.copy_(product)
 
 
 class Kernel:
@@ -153,7 +154,8 @@ class Kernel:
             e.sub_(shift).exp_()
             total.mul_(decay).add_(e.sum(dim=0))
             if stored is not None and whole is None:
-                stored[lo:hi].copy_(e)
+                rounded = stored[lo:hi].copy_(e)
+                e = rounded if rounded.dtype == self.operand else e
             if mean is not None:
                 _addmm(mean.mul_(decay[:, None]), e.to(self.operand).t(), w, beta=1)
             if target_mean is not None:

@@ -1,0 +1,230 @@
+"""Head's last layer and loss, forward and backward, beside what else one could use.
+
+One run times every candidate on the same tensors in the same process, taking turns, and measures each
+one's peak extra memory in a fresh process of its own. ``loss_candidates`` says who takes part.
+
+    python scripts/benchmark.py loss batch=16,64 precision=float32 output=results/benchmark_loss.json
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinovmf_plugin.benchmarks.loss_candidates import CANDIDATES, Workload
+from dinovmf_plugin.losses.chunked import multiplies_natively
+
+__all__ = ["main", "measure", "peak_memory"]
+
+DEFAULTS: dict[str, Any] = {
+    "batch": "16,64",  # images, comma-separated
+    "precision": "float32,bf16",
+    "prototypes": 65536,
+    "dim": 256,
+    "crops": 10,  # local crops, besides two global ones
+    "repeats": 7,
+    "slow_seconds": 3.0,  # a candidate whose first step takes longer is repeated 3 times only
+    "memory": 1,  # 0: times only
+    "candidates": ",".join(CANDIDATES),
+    "output": "",  # JSON file; written only if given, never over an existing one
+}
+
+
+def _difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
+    """How far loss and gradients are apart: the norm of the difference over the norm of ``b``."""
+    return {key: float((a[key] - b[key]).norm() / b[key].norm().clamp_min(1e-30)) for key in b}
+
+
+def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) -> dict[str, Any]:
+    """Times of the candidates, taking turns, and how far their gradients are from ``none``'s.
+
+    Returns:
+        ``seconds`` (all), ``median``, ``best`` and ``difference`` by candidate.
+    """
+    load = Workload(batch, settings["prototypes"], settings["dim"], settings["crops"], half)
+    steps = {name: load.candidate(name) for name in names}
+    first, reference = {}, {}
+    difference = {}
+    for name, step in steps.items():
+        start = time.perf_counter()
+        result = step()
+        first[name] = time.perf_counter() - start
+        if name == "none":
+            reference = result
+        elif reference and result and name != "vmf":
+            difference[name] = _difference(result, reference)
+    slow = {name for name, s in first.items() if s > settings["slow_seconds"]}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(settings["repeats"]):
+        for name, step in steps.items():
+            if name in slow and repeat >= 3:
+                continue
+            gc.collect()
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        "seconds": seconds,
+        "median": {name: statistics.median(s) for name, s in seconds.items()},
+        "best": {name: min(s) for name, s in seconds.items()},
+        "difference": difference,
+    }
+
+
+def _status(key: str) -> int:
+    """A memory figure of this process in bytes, from /proc/self/status (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}: peak memory can be measured on Linux only")
+
+
+def peak_memory(name: str, settings: dict[str, Any], batch: int, half: bool) -> int:
+    """Bytes by which this process's resident set grows, at most, in two steps of a candidate.
+
+    A small step first brings in the libraries; then the kernel's peak counter is reset
+    (/proc/self/clear_refs), so that what was resident before does not hide the growth.
+    """
+    Workload(2, 512, settings["dim"], settings["crops"], half).candidate(name)()
+    load = Workload(batch, settings["prototypes"], settings["dim"], settings["crops"], half)
+    step = load.candidate(name)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    for _ in range(2):
+        kept = step()
+        del kept
+    return _status("VmHWM") - before
+
+
+def _fresh_peak(name: str, settings: dict[str, Any], batch: int, half: bool) -> float:
+    """``peak_memory`` in MB (1e6 bytes), in a process that did nothing else."""
+    job = json.dumps([name, settings, batch, half])
+    module = "dinovmf_plugin.benchmarks.loss"
+    code = f"import json, {module} as b; print(b.peak_memory(*json.loads({job!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory measurement of {name} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1]) / 1e6
+
+
+def _machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":", 1)[1] for x in info.read_text().splitlines() if "model name" in x]
+        cpu = names[0].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16_products": multiplies_natively(torch.bfloat16, "cpu"),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _parse(argv: list[str]) -> dict[str, Any]:
+    settings = dict(DEFAULTS)
+    for argument in argv:
+        key, separator, value = argument.removeprefix("--").partition("=")
+        if not separator or key not in DEFAULTS:
+            raise ValueError(
+                f"argument {argument!r} is unknown: write key=value with one of {', '.join(DEFAULTS)}"
+            )
+        try:
+            settings[key] = type(DEFAULTS[key])(value)
+        except ValueError:
+            kind = type(DEFAULTS[key]).__name__
+            raise ValueError(f"{key}={value!r} is not of type {kind}") from None
+    sizes = settings["batch"].split(",")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise ValueError(f"batch={settings['batch']!r} must be numbers of images, such as 16,64")
+    for key, known in {"precision": ("float32", "bf16"), "candidates": CANDIDATES}.items():
+        for value in settings[key].split(","):
+            if value not in known:
+                raise ValueError(f"{key}={value!r} is unknown: choose from {', '.join(known)}")
+    if settings["output"] and Path(settings["output"]).exists():
+        raise FileExistsError(
+            f"output={settings['output']} exists: remove it or choose another name"
+        )
+    return settings
+
+
+def _ratios(values: dict[str, float]) -> dict[str, float]:
+    """How many times this project's ``none`` goes into each candidate."""
+    none = max(values["none"], 1e-9)
+    return {name: value / none for name, value in values.items() if name != "none"}
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(f"\nbatch {row['batch']}, {row['precision']}")
+    print(f"  {'':10s}{'median s':>10s}{'best s':>10s}{'/ none':>9s}{'peak MB':>10s}{'/ none':>9s}")
+    for name, seconds in row["median"].items():
+        line = f"  {name:10s}{seconds:10.4f}{row['best'][name]:10.4f}"
+        line += f"{row['time_ratio'].get(name, 1.0):9.3f}"
+        if row["peak_mb"]:
+            line += f"{row['peak_mb'][name]:10.0f}{row['peak_ratio'].get(name, 1.0):9.3f}"
+        print(line)
+    ratio = row["time_ratio"]
+    if "products" in ratio:
+        print(f"  none takes {1 / ratio['products']:.3f} times as long as the bare products")
+    for name, parts in row["difference"].items():
+        worst = max(parts, key=lambda key: parts[key])
+        print(f"  relative difference of {name} from none: at most {parts[worst]:.1e} ({worst})")
+
+
+def main(argv: list[str]) -> None:
+    """Print a table of times, peak memory and ratios; write them as JSON if ``output=`` is given.
+
+    Args:
+        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+
+    Raises:
+        ValueError: for an unknown key or value.
+        FileExistsError: if the output exists already.
+    """
+    settings = _parse(argv)
+    names = settings["candidates"].split(",")
+    if "lightly" in names and importlib.util.find_spec("lightly") is None:
+        print("lightly is not installed: left out (pip install lightly, to compare with it)")
+        names.remove("lightly")
+    if "none" not in names:
+        names.insert(0, "none")  # everything is compared with it
+    machine = _machine()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    rows = []
+    for precision in settings["precision"].split(","):
+        for batch in map(int, settings["batch"].split(",")):
+            half = precision == "bf16"
+            row: dict[str, Any] = {"batch": batch, "precision": precision}
+            row.update(measure(names, settings, batch, half))
+            row["time_ratio"] = _ratios(row["median"])
+            peaks = {n: _fresh_peak(n, settings, batch, half) for n in names if settings["memory"]}
+            row["peak_mb"] = peaks
+            row["peak_ratio"] = _ratios(peaks) if peaks else {}
+            _print(row)
+            rows.append(row)
+    if settings["output"]:
+        command = "python scripts/benchmark.py loss " + shlex.join(argv)
+        report = {"command": command, "machine": machine, "settings": settings, "results": rows}
+        Path(settings["output"]).write_text(json.dumps(report, indent=2) + "\n")
+        print(f"\nwritten to {settings['output']}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

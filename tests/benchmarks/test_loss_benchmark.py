@@ -1,0 +1,62 @@
+"""The loss benchmark on a small problem: it measures, compares and never overwrites."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dinovmf_plugin.benchmarks import loss
+from dinovmf_plugin.benchmarks.loss_candidates import Workload
+
+SMALL = ["batch=2", "prototypes=96", "dim=16", "crops=3", "repeats=1"]
+
+
+def test_report__has_times_ratios_and_equal_gradients(tmp_path, capsys):
+    path = tmp_path / "loss.json"
+    names = "none,vmf,per_pair,products"
+    loss.main([*SMALL, "memory=0", f"candidates={names}", "precision=float32", f"output={path}"])
+    report = json.loads(path.read_text())
+    (row,) = report["results"]
+    assert row["batch"] == 2
+    assert list(row["median"]) == names.split(",")
+    for name, ratio in row["time_ratio"].items():
+        assert ratio == pytest.approx(row["median"][name] / row["median"]["none"])
+    assert max(row["difference"]["per_pair"].values()) < 1e-4
+    assert report["machine"]["threads"] == torch.get_num_threads()
+    assert "per_pair" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"loss\.json"):
+        loss.main([*SMALL, f"output={path}"])
+
+
+def test_lightly__has_the_same_loss_and_gradients():
+    pytest.importorskip("lightly")
+    load = Workload(2, 96, 16, 3, half=False)
+    ours, theirs = (load.candidate(name)() for name in ("none", "lightly"))
+    assert set(ours) == {"loss", "embeddings", "weight_v", "weight_g"}
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("bach=3", "bach"),
+        ("batch=two", "batch='two'"),
+        ("precision=fp8", "fp8"),
+        ("candidates=none,theirs", "theirs"),
+        ("repeats=many", "repeats='many'"),
+        ("repeats", "key=value"),
+    ],
+)
+def test_wrong_argument__is_named(argument, message):
+    with pytest.raises(ValueError, match=message):
+        loss.main([argument])
+
+
+def test_peak_memory__counts_what_a_step_needs():
+    settings = {**loss.DEFAULTS, "prototypes": 8192, "dim": 16, "crops": 2}
+    peak = loss.peak_memory("products", settings, 256, half=False)
+    logits = 4 * 8192 * 4 * 256  # bytes of the student's logits alone
+    assert logits < peak < 4 * logits
