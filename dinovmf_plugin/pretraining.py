@@ -27,7 +27,7 @@ class PretrainDataModule(LightningDataModule):
         super().__init__()
         self.cfg = cfg
 
-    def _place(self) -> dict[str, int]:
+    def _place(self) -> dict[str, Any]:
         assert self.trainer is not None
         return {
             "rank": self.trainer.global_rank,

@@ -70,7 +70,8 @@ class Prototypes(nn.Module):
         self.normalization = normalization
         self.order = order
         if normalization == "vmf":
-            vmf.log_normalizer(torch.zeros(1), dim, order=order)  # raises now, not while training
+            # raises now, not while training; on the CPU, since "meta" has no autocast to switch off
+            vmf.log_normalizer(torch.zeros(1, device="cpu"), dim, order=order)
         linear = nn.Linear(dim, num_prototypes, bias=False)
         self.weight_v = nn.Parameter(linear.weight.detach().clone())
         self.weight_g = nn.Parameter(

@@ -39,6 +39,12 @@ def _debye_polynomials(s: Tensor, order: int) -> list[Tensor]:
     return polynomials[:order]
 
 
+def _log_series(polynomials: list[Tensor], nu: float) -> Tensor:
+    """``log(1 + U_1 / nu + U_2 / nu^2 ..)``."""
+    terms = torch.stack([u / nu ** (i + 1) for i, u in enumerate(polynomials)])
+    return torch.log1p(terms.sum(dim=0))
+
+
 def _as_float(kappa: Tensor) -> Tensor:
     """Half precision cannot hold D (bf16 spacing is 2 near 344): compute in float32 or float64."""
     return kappa if kappa.dtype == torch.float64 else kappa.float()
@@ -93,9 +99,7 @@ def log_normalizer(kappa: Tensor, dim: int, *, order: int = 0) -> Tensor:
         if order:
             at_kappa = _debye_polynomials(nu / s, order)
             at_zero = _debye_polynomials(torch.ones_like(s), order)
-            ratio = sum(u / nu ** (i + 1) for i, u in enumerate(at_kappa))
-            ratio_zero = sum(u / nu ** (i + 1) for i, u in enumerate(at_zero))
-            out = out - torch.log1p(ratio) + torch.log1p(ratio_zero)
+            out = out - _log_series(at_kappa, nu) + _log_series(at_zero, nu)
         return out
 
 

@@ -33,7 +33,7 @@ _TINY: dict[str, Any] = {
     "devices": "1",
     "precision": "32-true",
     "backbone": {
-        "name": "vit_tiny",
+        "name": "vit_nano",
         "kwargs": {
             "img_size": 32,
             "patch_size": 16,

@@ -92,7 +92,7 @@ def _count_classes(cfg: DictConfig) -> int:
 def parse_cfg(cfg: DictConfig) -> DictConfig:
     """Fill in defaults, count classes and crops, scale learning rates by the batch (in place).
 
-    ``optimizer.lr`` and, with labels, ``optimizer.classifier_lr`` are multiplied by
+    ``optimizer.lr`` and, with ``data.val_path``, ``optimizer.classifier_lr`` are multiplied by
     ``batch_size * devices * num_nodes / 256``, as the host and DINO do.
 
     Raises:
@@ -133,7 +133,8 @@ def parse_cfg(cfg: DictConfig) -> DictConfig:
     cfg.optimizer.lr = cfg.optimizer.lr * factor
     if OmegaConf.select(cfg, "optimizer.classifier_lr") is None:
         cfg.optimizer.classifier_lr = 0.1
-    cfg.optimizer.classifier_lr = cfg.optimizer.classifier_lr * factor
+    if cfg.data.val_path is not None:
+        cfg.optimizer.classifier_lr = cfg.optimizer.classifier_lr * factor
     if cfg.optimizer.name == "adamw" and OmegaConf.select(cfg, "optimizer.kwargs.betas") is None:
         OmegaConf.update(cfg, "optimizer.kwargs", {"betas": [0.9, 0.999]}, merge=True)
     if cfg.optimizer.name == "sgd" and OmegaConf.select(cfg, "optimizer.kwargs.momentum") is None:

@@ -14,7 +14,13 @@ from solo.utils.knn import WeightedKNNClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["repair_knn"]
+__all__ = ["check_distance", "repair_knn"]
+
+
+def check_distance(name: str) -> None:
+    """Raise a ValueError unless the online kNN knows this distance."""
+    if name not in ("cosine", "euclidean"):
+        raise ValueError(f"knn_eval.distance_func={name!r} is unknown: choose cosine or euclidean")
 
 
 def _init(
@@ -27,10 +33,7 @@ def _init(
     dist_sync_on_step: bool = False,
 ) -> None:
     super(WeightedKNNClassifier, self).__init__(dist_sync_on_step=dist_sync_on_step)
-    if distance_fx not in ("cosine", "euclidean"):
-        raise ValueError(
-            f"knn_eval.distance_func={distance_fx!r} is unknown: choose cosine or euclidean"
-        )
+    check_distance(distance_fx)
     self.k, self.T, self.distance_fx, self.epsilon = k, T, distance_fx, epsilon
     self.max_distance_matrix_size = max_distance_matrix_size
     for name in ("train_features", "train_targets", "test_features", "test_targets"):
@@ -56,7 +59,10 @@ def _compute(self: Any) -> tuple[float, float]:
         weight = (similarity / self.T).exp() if cosine else similarity
         votes: Tensor = torch.zeros(len(query), num_classes, device=bank.device)
         votes.scatter_add_(1, bank_labels[index], weight)
-        hits = votes.topk(min(5, num_classes)).indices == label.unsqueeze(1)
+        heaviest, classes = votes.topk(min(5, num_classes))
+        hits = (classes == label.unsqueeze(1)) & (
+            heaviest > 0
+        )  # a class without a vote is no guess
         correct += torch.stack([hits[:, 0].sum(), hits.any(dim=1).sum()])
     top1, top5 = (100 * correct / len(queries)).tolist()
     self.reset()

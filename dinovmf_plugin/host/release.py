@@ -18,7 +18,7 @@ from solo.methods.base import BaseMomentumMethod as _BaseMomentumMethod
 from torch import Tensor
 
 from dinovmf_plugin.host.backbones import standing_in_release
-from dinovmf_plugin.host.knn import repair_knn
+from dinovmf_plugin.host.knn import check_distance, repair_knn
 
 __all__ = ["BaseMomentumMethod", "build_host_method"]
 
@@ -58,7 +58,14 @@ def _fill_defaults(cfg: DictConfig) -> DictConfig:
         for name, value in default.items():
             if cfg[key].get(name) is None:
                 cfg[key][name] = value
+    check_distance(cfg.knn_eval.distance_func)  # 1.0.2 takes it nowhere: see _use_distance
     return cfg
+
+
+def _use_distance(module: Any, cfg: DictConfig) -> None:
+    """Let the online kNN use ``knn_eval.distance_func``; 1.0.2 has one distance only."""
+    if module.knn_eval:
+        module.knn.distance_fx = cfg.knn_eval.distance_func
 
 
 def _keyword_arguments(cfg: DictConfig) -> dict[str, Any]:
@@ -120,8 +127,7 @@ class BaseMomentumMethod(_BaseMomentumMethod):
         self.scheduler_interval = cfg.scheduler.interval
         self.no_channel_last = cfg.performance.disable_channel_last
         self.validation_step_outputs: list[dict[str, Any]] = []
-        if self.knn_eval:
-            self.knn.distance_fx = cfg.knn_eval.distance_func
+        _use_distance(self, cfg)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(_NEW_NAMES.get(name, name), value)
@@ -160,6 +166,7 @@ class BaseMomentumMethod(_BaseMomentumMethod):
 
 def _adapted(cls: type) -> type:
     """A host method of 1.0.2 with the hooks of today's Lightning."""
+    adapted: Any  # the subclass made below
 
     def on_train_batch_end(self: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         parent = super(adapted, self).on_train_batch_end
@@ -178,6 +185,7 @@ def _adapted(cls: type) -> type:
     def __init__(self: Any, cfg: DictConfig, **kwargs: Any) -> None:
         super(adapted, self).__init__(**kwargs)
         self.cfg = cfg
+        _use_distance(self, cfg)
         self._validation_outputs = []
 
     body: dict[str, Any] = {

@@ -17,6 +17,7 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -47,17 +48,15 @@ class LinearWarmupCosineAnnealingLR(LambdaLR):
         from dinovmf_plugin.schedules import learning_rate
 
         def factor(peak: float, epoch: int) -> float:
+            if not peak:
+                return 1.0
             value = learning_rate(
                 epoch, max_epochs, peak, eta_min, int(warmup_epochs), warmup_start_lr
             )
             return value / peak
 
         peaks = [group["lr"] for group in optimizer.param_groups]
-        lambdas = [
-            (lambda epoch, peak=peak: factor(peak, epoch)) if peak else (lambda _: 1.0)
-            for peak in peaks
-        ]
-        super().__init__(optimizer, lambdas, last_epoch)
+        super().__init__(optimizer, [partial(factor, peak) for peak in peaks], last_epoch)
 
 
 @contextlib.contextmanager

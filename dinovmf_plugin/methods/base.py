@@ -103,10 +103,10 @@ class SelfDistillation(StoredConfig, OnlineProbes):
             ValueError: one sentence that names the key, the value and what would be right.
         """
         cfg = BaseMomentumMethod.add_and_assert_specific_cfg(cfg)
-        given = OmegaConf.to_container(cfg.method_kwargs, resolve=True) or {}
-        for key, value in cls.default_settings.items():
-            given.setdefault(key, value)  # type: ignore[union-attr]
-        settings = read_settings(cls.settings_class, OmegaConf.create(given))
+        given: Any = OmegaConf.to_container(cfg.method_kwargs, resolve=True) or {}
+        settings = read_settings(
+            cls.settings_class, OmegaConf.create(dict(cls.default_settings) | given)
+        )
         cfg.method_kwargs = OmegaConf.create(dataclasses.asdict(settings))
         cls.check_config(cfg)
         return cfg

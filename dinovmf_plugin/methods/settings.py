@@ -167,9 +167,9 @@ def read_settings(cls: type[SettingsT], method_kwargs: DictConfig) -> SettingsT:
         ValueError: method_kwargs.normalisation is no key of this method: did you mean normalization?
     """
     names = [field.name for field in dataclasses.fields(cls)]
-    for key in method_kwargs:
+    for key in map(str, method_kwargs):
         if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
+            close = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known keys are {', '.join(names)}"
             raise ValueError(f"method_kwargs.{key} is no key of this method: {hint}")
     try:

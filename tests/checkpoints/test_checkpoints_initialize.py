@@ -107,9 +107,7 @@ def equal_features(vit, module, which, size=32):
     torch.testing.assert_close(vit(images), source.eval()(images), **TOLERANCE)
 
 
-def test_a_real_training_checkpoint(
-    tiny_cfg, crop_loader, build, fit, tmp_path
-):
+def test_a_real_training_checkpoint(tiny_cfg, crop_loader, build, fit, tmp_path):
     module = build(tiny_cfg("dino_vmf", **{"momentum.base_tau": 0.5}))
     trainer = fit(module, crop_loader(steps=2), max_epochs=1)
     path = tmp_path / "last.ckpt"
@@ -137,6 +135,7 @@ def test_init_from_starts_student_and_teacher_from_the_file(original, tiny_cfg, 
     imported = tmp_path / "imported" / "weights.safetensors"
     import_weights(save(tmp_path, content), imported, source="dino")
     overrides = {"method_kwargs.init_from": str(imported), "method_kwargs.num_prototypes": 48}
+    overrides["backbone.name"] = "vit_tiny"
     module = build(tiny_cfg("dino_vmf", **overrides), seed=1)
     for part in (module.backbone, module.momentum_backbone):
         for name, value in part.state_dict().items():
