@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dinovmf_plugin.analysis.figures import themed
 from dinovmf_plugin.comparison.results import Group
@@ -23,6 +24,8 @@ def _chart(xlabel: str, ylabel: str, draw: Callable[[Axes], None]) -> Themes:
         figure = Figure(figsize=(5.6, 3.6), layout="constrained")
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         draw(axes)
+        if xlabel == "epoch":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, labels = axes.get_legend_handles_labels()
         if handles:
             figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8)
@@ -50,8 +53,8 @@ def _curves(groups: Sequence[Group], series: Series) -> Callable[[Axes], None] |
             for run in group.runs:
                 points = series(run)
                 if points:
-                    axes.plot(*zip(*points, strict=True), label=label, alpha=0.8, linewidth=1.3,
-                              **_style(index))  # fmt: skip
+                    axes.plot(*zip(*points, strict=True), label=label, marker=".", markersize=4,
+                              alpha=0.8, linewidth=1.3, **_style(index))  # fmt: skip
                     label = None
 
     return draw

@@ -78,13 +78,13 @@ def _tables(groups: Sequence[Group], kind: str, headline: str) -> list[tuple[str
     if kind == "ablation":
         found.append((f"{metric_name(headline)}, top-1 (%)", ablation_table(groups, headline)))
         if others:
-            found.append(("Linear and few-shot, top-1 (%)", comparison_table(groups, others)))
+            found.append(("Linear and few-shot", comparison_table(groups, others)))
     else:
         found.append(("Top-1 (%)", comparison_table(groups, [headline, *others])))
         paper = paper_table(groups)
         if paper is not None:
-            found.append(("The paper's numbers (ImageNet, not this data)", paper))
-    found.append(("kNN by number of neighbours, top-1 (%)", comparison_table(groups, knn)))
+            found.append(("The paper's numbers on ImageNet, not on this data", paper))
+    found.append(("kNN by number of neighbours", comparison_table(groups, knn)))
     used = utilization_table(groups)
     if used is not None:
         found.append(("Prototypes of the teacher", used))
@@ -206,7 +206,7 @@ def _page(
     else:
         page.charts((seeds_chart(groups, headline, ylabel), "Every seed, and the mean"))
     for name, (header, rows) in rest:
-        page.section(name.split(",")[0])
+        page.section(name)
         page.raw(table(header, rows))
     charts = curve_charts(groups, int(headline.removeprefix("knn_k")))
     if charts:

@@ -22,7 +22,6 @@ from dinovmf_plugin.comparison.devices import lease_gpu
 from dinovmf_plugin.comparison.outcome import outcome_of
 from dinovmf_plugin.comparison.settings import RunSettings
 from dinovmf_plugin.comparison.training import train
-from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.evaluation.run_folder import pick_device, write_json
 from dinovmf_plugin.evaluation.runner import all_versions, evaluate, keep_previous
@@ -149,7 +148,7 @@ def run_one(settings: RunSettings) -> dict[str, Any]:
     shared.check()
     recipe = settings.recipe()
     if shared.uses_demo(recipe):
-        demo_data.build(Path(shared.output_dir) / "data", shared.demo)
+        shared.build_demo()
     if shared.gpus is not None:
         lease_gpu(shared.gpus, shared.output_dir)
     parsed = parse_cfg(recipe.copy())

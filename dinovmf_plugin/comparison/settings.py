@@ -31,6 +31,7 @@ class ComparisonSettings:
         train_path: training images; None keeps the recipe's, or the demo pictures if it has none.
         val_path: held-out images, likewise.
         demo: name of the demo pictures.
+        demo_fraction: share of them to use.
         gpus: GPUs of this machine for parallel jobs, one each; None leaves the choice to the recipe.
         image_size: side of the evaluation's crops; None is the recipe's ``backbone.kwargs.img_size``.
         k: neighbours of the headline.
@@ -48,7 +49,8 @@ class ComparisonSettings:
     overrides: Sequence[str] = ()
     train_path: str | None = None
     val_path: str | None = None
-    demo: str = "elpv"
+    demo: str = "animal-mnist"
+    demo_fraction: float = 1.0
     gpus: Sequence[int] | None = None
     image_size: int | None = None
     k: int = 10
@@ -76,6 +78,10 @@ class ComparisonSettings:
             raise ValueError(f"curve_every={self.curve_every} must be 0 (never) or more epochs")
         if self.demo not in demo_data.DATASETS:
             raise ValueError(f"data.demo={self.demo!r} is unknown: {sorted(demo_data.DATASETS)}")
+        if not 0 < self.demo_fraction <= 1:
+            raise ValueError(
+                f"data.demo_fraction={self.demo_fraction} must be above 0 and at most 1"
+            )
         for key in ("checkpoint", "output_dir", "cache_dir"):
             if self.evaluation.get(key):
                 raise ValueError(f"evaluation.{key} is set by every run itself: leave it null")
@@ -144,6 +150,11 @@ class ComparisonSettings:
                     "folder, or neither for the demo pictures"
                 )
         return paths
+
+    def build_demo(self) -> None:
+        """Write the demo pictures into ``output_dir/data``, unless they are there."""
+        folder = Path(self.output_dir) / "data"
+        demo_data.build(folder, self.demo, fraction=self.demo_fraction)
 
     def uses_demo(self, recipe: DictConfig) -> bool:
         """Whether the recipe would train on the demo pictures of ``output_dir/data``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 from typing import Any, cast
 
 from hydra.experimental.callback import Callback
@@ -12,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 from dinovmf_plugin.cli import one_clear_message
 from dinovmf_plugin.comparison.candidates import Candidate, check_method, sweep_values
 from dinovmf_plugin.comparison.settings import ComparisonSettings, RunSettings, comparison_from
-from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.evaluation.run_folder import open_run_folder
 from dinovmf_plugin.host.config import parse_cfg
 
@@ -56,7 +54,9 @@ def planned_runs(config: dict[str, Any], kind: str) -> list[RunSettings]:
             if key not in ("normalization", "centering")
         }
         candidates = [
-            Candidate(config.get("base_method"), None, {**fixed, "normalization": n, "centering": c})
+            Candidate(
+                config.get("base_method"), None, {**fixed, "normalization": n, "centering": c}
+            )
             for n, c in product(_listed(config, "normalizations"), _listed(config, "centerings"))
         ]
         lrs: list[float | None] = [None]
@@ -81,7 +81,7 @@ def _prepare(config: dict[str, Any], kind: str) -> ComparisonSettings:
     # the pictures need their folder to be empty or theirs, the settings theirs: bind first
     open_run_folder(shared.output_dir, {**shared.identity(), **_fixed(config, kind)})
     if wants_demo:
-        demo_data.build(Path(shared.output_dir) / "data", shared.demo)
+        shared.build_demo()
     for label, recipe in recipes.items():
         _build(label, recipe)
     print(f"{len(runs)} runs: {', '.join(recipes)}", flush=True)

@@ -97,7 +97,7 @@ def test_candidates_change_what_they_name(tmp_path: Path) -> None:
 def test_recipe_settings_that_a_method_lacks_are_left_out() -> None:
     recipe = compose_recipe("demo_recipe", Candidate("msn"), seed=0)
     assert "warmup_teacher_temperature" not in recipe.method_kwargs
-    assert recipe.method_kwargs.num_prototypes == 1024
+    assert recipe.method_kwargs.teacher_temperature > 0
     named = ["+method_kwargs.no_such_key=1"]
     recipe = compose_recipe("demo_recipe", Candidate("msn"), seed=0, overrides=named)
     assert "no_such_key" in recipe.method_kwargs  # for the method itself to refuse
