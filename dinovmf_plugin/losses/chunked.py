@@ -134,14 +134,15 @@ class Kernel:
             ``lse (rows,)`` and the shifts ``(chunks, rows)``.
         """
         operand = y.to(self.operand).t()
-        whole = stored if stored is not None and stored.dtype == y.dtype else None
-        part = y.new_empty(len(self.scratch), len(y)) if whole is None else y
+        in_place = stored is not None and stored.dtype == y.dtype
+        work = stored if in_place else y.new_empty(len(self.scratch), len(y))
+        assert work is not None
         shift = y.new_full((len(y),), -math.inf)
         total = torch.zeros_like(shift)
         shifts = []
         for lo, hi in self.chunks:
             w = self.prototypes(lo, hi)
-            e = part[: hi - lo] if whole is None else whole[lo:hi]
+            e = work[lo:hi] if in_place else work[: hi - lo]
             if self.bias is None:
                 _addmm(e, w, operand, beta=0)
             elif self.operand == y.dtype:
@@ -153,7 +154,7 @@ class Kernel:
             shifts.append(shift)
             e.sub_(shift).exp_()
             total.mul_(decay).add_(e.sum(dim=0))
-            if stored is not None and whole is None:
+            if stored is not None and not in_place:
                 rounded = stored[lo:hi].copy_(e)
                 e = rounded if rounded.dtype == self.operand else e
             if mean is not None:
@@ -196,9 +197,10 @@ class Kernel:
                 d, rows = grads.weight[lo:hi], factor[:, None] * y
                 if self.operand == torch.float16:  # would flush 1e-8 to 0
                     peak = rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)
-                    part = self.scratch[: hi - lo]
+                    part = d if first else self.scratch[: hi - lo]
                     _addmm(part, e, (rows / peak).to(self.operand), beta=0).mul_(peak)
-                    torch.add(part, d, alpha=beta, out=d)
+                    if not first:
+                        d.add_(part)
                 else:
                     _addmm(d, e, rows.to(self.operand), beta=beta)
                 if first:
