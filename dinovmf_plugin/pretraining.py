@@ -64,7 +64,7 @@ def build_method(cfg: DictConfig) -> Any:
 def _logger(cfg: DictConfig) -> Logger:
     folder = Path(cfg.checkpoint.folder)
     if not cfg.wandb.enabled:
-        return CSVLogger(folder, name="", version="metrics")
+        return CSVLogger(folder, name="metrics")  # version_0, _1 .. : a resumed run adds one
     from lightning.pytorch.loggers import WandbLogger
 
     options = {k: cfg.wandb[k] for k in ("project", "entity", "offline") if k in cfg.wandb}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dinovmf_plugin import registry
 from dinovmf_plugin.checkpoints import load_backbone
+from dinovmf_plugin.comparison.candidates import Candidate, compose_recipe
 from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
 from dinovmf_plugin.demo.history import EpochHistory, LabelledImages, evaluate
@@ -29,15 +29,15 @@ __all__ = ["run_demo"]
 
 def _recipe(cfg: DictConfig, method: str, folder: Path) -> DictConfig:
     """The demo's recipe for one method: what ``main_pretrain --config-name demo_recipe`` would run."""
-    overrides = [
-        f"method={method}",
-        f"data.train_path={folder / 'train'}",
-        f"data.val_path={folder / 'val'}",
-        f"seed={cfg.seed}",
-        f"checkpoint.dir={Path(cfg.output_dir) / 'checkpoints'}",
-        *cfg.overrides,
-    ]
-    return compose(config_name="demo_recipe", overrides=overrides)
+    settings = OmegaConf.to_container(cfg.method_settings.get(method, {}))
+    return compose_recipe(
+        "demo_recipe",
+        Candidate(method, settings=settings),  # type: ignore[arg-type]
+        seed=cfg.seed,
+        overrides=list(cfg.overrides),
+        data={"train_path": str(folder / "train"), "val_path": str(folder / "val")},
+        checkpoint_dir=str(Path(cfg.output_dir) / "checkpoints"),
+    )
 
 
 def _images(recipe: DictConfig, train: bool) -> LabelledImages:
