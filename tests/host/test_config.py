@@ -1,0 +1,176 @@
+"""Config processing: the host's own results where it has one, and a named key where it fails."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from dinovmf_plugin import host
+from dinovmf_plugin.host.config import count_devices, parse_cfg
+
+RECIPE: dict[str, Any] = {
+    "name": "run",
+    "method": "dino_vmf",
+    "max_epochs": 10,
+    "backbone": {"name": "vit_small"},
+    "data": {"dataset": "imagenet100", "train_path": "train", "val_path": "val"},
+    "augmentations": [
+        {"crop_size": 224, "num_crops": 1},
+        {"crop_size": 224, "num_crops": 1},
+        {"crop_size": 96, "num_crops": 10},
+    ],
+    "optimizer": {
+        "name": "adamw",
+        "batch_size": 64,
+        "lr": 5e-4,
+        "weight_decay": 0.04,
+        "classifier_lr": 1e-3,
+    },
+    "scheduler": {"name": "warmup_cosine"},
+    "devices": [0, 1, 2, 3],
+}
+
+
+def _recipe(**changes: Any) -> Any:
+    cfg = OmegaConf.create(copy.deepcopy(RECIPE))
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (1, 1),
+        (8, 8),
+        ("1", 1),
+        ("4", 4),
+        ([0], 1),
+        ([0, 3], 2),
+        ((0, 1, 2), 3),
+        ("0,1", 2),
+        ("0,1,", 2),
+        (OmegaConf.create([5, 6]), 2),
+        ("auto", 1),
+        (-1, 1),
+        ("-1", 1),
+        (None, 1),
+    ],
+)
+def test_count_devices__lightnings_spellings(devices, expected):
+    assert count_devices(devices, "cpu") == expected
+
+
+@pytest.mark.parametrize("devices", [0, "0", -2, "two", "gpu", 1.5])
+def test_count_devices__anything_else__named(devices):
+    with pytest.raises(ValueError, match="devices=.* is not understood"):
+        count_devices(devices)
+
+
+def test_parse_cfg__counts_and_scales():
+    cfg = parse_cfg(_recipe(num_nodes=2))
+    assert cfg.data.num_classes == 100
+    assert (cfg.data.num_large_crops, cfg.data.num_small_crops) == (2, 10)
+    # 64 images x 4 devices x 2 nodes = 512 = 2 x 256
+    assert cfg.optimizer.lr == pytest.approx(1e-3)
+    assert cfg.optimizer.classifier_lr == pytest.approx(2e-3)
+    assert list(cfg.optimizer.kwargs.betas) == [0.9, 0.999]
+    assert (cfg.checkpoint.enabled, cfg.auto_resume.enabled) == (False, False)
+    assert cfg.wandb.enabled is False
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "expected"),
+    [
+        ("adamw", {}, {"betas": [0.9, 0.999]}),
+        ("adamw", {"betas": [0.9, 0.95]}, {"betas": [0.9, 0.95]}),
+        ("sgd", {}, {"momentum": 0.9}),
+        ("sgd", {"momentum": 0.5}, {"momentum": 0.5}),
+    ],
+)
+def test_parse_cfg__optimizer_defaults(name, kwargs, expected):
+    cfg = parse_cfg(_recipe(**{"optimizer.name": name, "optimizer.kwargs": kwargs}))
+    assert OmegaConf.to_container(cfg.optimizer.kwargs) == expected
+
+
+def test_parse_cfg__custom_folder__classes_are_folders(tmp_path):
+    for name in ("cat", "dog", "eel"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "readme.txt").touch()
+    changes = {"data.dataset": "custom", "data.train_path": str(tmp_path)}
+    assert parse_cfg(_recipe(**changes)).data.num_classes == 3
+    assert parse_cfg(_recipe(**changes, **{"data.no_labels": True})).data.num_classes == 1
+    changes["data.train_path"] = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"data\.train_path=.*nowhere is not a folder"):
+        parse_cfg(_recipe(**changes))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "name",
+        "method",
+        "backbone.name",
+        "data.dataset",
+        "data.train_path",
+        "max_epochs",
+        "optimizer.name",
+        "optimizer.batch_size",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "scheduler.name",
+        "augmentations",
+    ],
+)
+@pytest.mark.parametrize("missing", [None, "???"])
+def test_parse_cfg__missing_key__named(key, missing):
+    with pytest.raises(ValueError, match=rf"{key} is missing from the config: .*{key}="):
+        parse_cfg(_recipe(**{key: missing}))
+
+
+def test_parse_cfg__unknown_dataset__named():
+    with pytest.raises(ValueError, match=r"data\.dataset='imagnet' is unknown: choose one of"):
+        parse_cfg(_recipe(**{"data.dataset": "imagnet"}))
+
+
+@pytest.mark.skipif(host.GENERATION != "main", reason="1.0.2 has argparse, no parse_cfg(cfg)")
+@pytest.mark.parametrize("val_path", ["val", None])
+@pytest.mark.parametrize("dataset", ["imagenet", "imagenet100", "cifar10", "custom"])
+@pytest.mark.parametrize("devices", [[0, 1, 2], "1"])
+def test_parse_cfg__equals_the_hosts(tmp_path, val_path, dataset, devices):
+    from solo.args.pretrain import parse_cfg as host_parse_cfg
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    changes = {
+        "data.dataset": dataset,
+        "data.train_path": str(tmp_path),
+        "data.val_path": val_path,
+        "data.format": "image_folder",
+        "devices": devices,
+        "seed": 3,
+        "strategy": "auto",
+    }
+    theirs = OmegaConf.to_container(host_parse_cfg(_recipe(**changes)), resolve=True)
+    ours = OmegaConf.to_container(parse_cfg(_recipe(**changes)), resolve=True)
+
+    def common(a: Any, b: Any, path: str = "") -> list[str]:
+        if not isinstance(a, dict):
+            assert a == b, path
+            return [path]
+        return [p for k in a.keys() & b.keys() for p in common(a[k], b[k], f"{path}.{k}")]
+
+    compared = common(theirs, ours)
+    assert {
+        ".optimizer.lr",
+        ".optimizer.classifier_lr",
+        ".data.num_classes",
+        ".data.num_large_crops",
+        ".data.num_small_crops",
+        ".checkpoint.frequency",
+    } <= set(compared)
+    assert Path(ours["data"]["train_path"]) == tmp_path
