@@ -19,6 +19,7 @@ from dinovmf_plugin.checkpoints.architecture import (
     known_heads,
     resize_position_embedding,
 )
+from dinovmf_plugin.checkpoints.heads import with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
 from dinovmf_plugin.checkpoints.report import LoadReport
 
@@ -221,7 +222,7 @@ def initialize_from(
     )
     if head is None:
         return report
-    fitting, missing, unexpected, mismatched = _fit(head, stored.head)
+    fitting, missing, unexpected, mismatched = _fit(head, with_head(stored).head)
     _check_finite(stored.path, fitting)
     head.load_state_dict(fitting, strict=False)
     absent = [f"{name} (not in the file)" for name in missing]

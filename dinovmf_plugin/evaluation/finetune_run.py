@@ -47,8 +47,8 @@ def classification_scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1, top-5 (of the first ``min(5, C)``) and mean per-class accuracy in percent.
 
     Example:
-        >>> classification_scores(torch.eye(3), torch.tensor([0, 1, 1]))["top1"]
-        66.66666666666667
+        >>> round(classification_scores(torch.eye(3), torch.tensor([0, 1, 1]))["top1"], 2)
+        66.67
     """
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     top1, mean_per_class = class_scores(labels.numpy(), best[:, 0].numpy())
