@@ -265,10 +265,16 @@ def _train(module: Any, batches: list[Any], **trainer: Any) -> tuple[Tensor, dic
     return torch.stack(losses), module.state_dict()
 
 
-def _rank(rank: int, module: Any, batches: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+def _rank(rank: int, cfg: Any, state: dict[str, Tensor], batches: list[Any]) -> tuple[Any, Any]:
     """One rank under Lightning's DDP strategy: half of every batch."""
     from lightning.pytorch.strategies import DDPStrategy
 
+    from dinovmf_plugin.pretraining import build_method
+
+    module = build_method(OmegaConf.create(cfg))
+    for network in (module.backbone, module.momentum_backbone):
+        network.blocks = network.blocks[:2]
+    module.load_state_dict(state)
     place = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}
     half = slice(2 * rank, 2 * rank + 2)
     mine = [[i[half], [x[half] for x in crops], y[half]] for i, crops, y in batches]
@@ -304,7 +310,7 @@ def test_fit__two_ddp_processes__equal_the_joined_batch(small_cfg, make_crops, b
         assert _content_masks(batches[0][1][0]).any()
     module = build(cfg)
     start = copy.deepcopy(module.state_dict())
-    first, second = ddp(_rank, module, batches)
+    first, second = ddp(_rank, OmegaConf.to_container(cfg), start, batches)
     losses, joined = _train(module, batches, devices=1)
     torch.testing.assert_close(first[0], losses, rtol=1e-5, atol=1e-5)
     moved = 0.0
