@@ -37,13 +37,13 @@ def register() -> list[str]:
     from dinovmf_plugin.host.data import patch_data
 
     classes = method_classes()
-    for name, cls in classes.items():
+    for name in classes:
         owner = host.METHODS.get(name)
         if owner is not None and not owner.__module__.startswith("dinovmf_plugin."):
             raise ValueError(
                 f"method={name!r} is already registered by {owner.__module__}.{owner.__qualname__}: "
                 "rename one of the two"
             )
-        host.METHODS[name] = cls
+    host.METHODS.update(classes)
     patch_data()
     return sorted(classes)

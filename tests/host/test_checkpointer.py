@@ -1,0 +1,291 @@
+"""The checkpointer: identity of a run, whole files only, nothing overwritten, readable errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
+
+from dinovmf_plugin import host
+from dinovmf_plugin.host.checkpointer import (
+    Checkpointer,
+    choose_folder,
+    find_checkpoint,
+    is_whole,
+    run_identity,
+)
+
+
+class Module(LightningModule):
+    """One weight that counts the steps."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.weight = torch.nn.Parameter(torch.zeros(1000))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [Checkpointer(self.cfg)]
+
+
+def _cfg(folder: Path, **changes: Any) -> Any:
+    cfg = OmegaConf.create(
+        {
+            "name": "run",
+            "method": "dino_vmf",
+            "seed": 0,
+            "method_kwargs": {"normalization": "vmf"},
+            "data": {"num_workers": 4, "train_path": "x"},
+            "checkpoint": {"enabled": True, "dir": str(folder), "frequency": 1, "keep_prev": False},
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key, value, force_add=True)
+    return cfg
+
+
+def _train(cfg: Any, epochs: int = 3, ckpt_path: Any = None, callbacks: Any = ()) -> Trainer:
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    resume = {} if ckpt_path is None else {"ckpt_path": ckpt_path, "weights_only": True}
+    trainer.fit(Module(cfg), torch.utils.data.DataLoader([torch.zeros(1)] * 2), **resume)
+    return trainer
+
+
+def _checkpointer(trainer: Trainer) -> Checkpointer:
+    (found,) = [c for c in trainer.callbacks if isinstance(c, Checkpointer)]
+    return found
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+# ---- identity ------------------------------------------------------------------------------------
+
+
+def test_run_identity__same_run__same_digits(tmp_path):
+    cfg = _cfg(tmp_path)
+    identity = run_identity(cfg)
+    assert len(identity) == 8
+    assert int(identity, 16) >= 0
+    for key, value in (
+        ("checkpoint.dir", "elsewhere"),
+        ("checkpoint.frequency", 7),
+        ("auto_resume.enabled", True),
+        ("resume_from_checkpoint", "file.ckpt"),
+        ("wandb.enabled", True),
+        ("debug_augmentations", True),
+        ("data.num_workers", 16),
+        ("enable_progress_bar", False),
+    ):
+        assert run_identity(_cfg(tmp_path, **{key: value})) == identity, key
+    assert run_identity(cfg) == identity  # computing it changes nothing
+    reordered = OmegaConf.create(dict(reversed(OmegaConf.to_container(cfg).items())))
+    assert run_identity(reordered) == identity
+
+
+def test_run_identity__anything_else__other_digits(tmp_path):
+    identity = run_identity(_cfg(tmp_path))
+    for key, value in (
+        ("seed", 1),
+        ("method", "ibot_vmf"),
+        ("method_kwargs.normalization", "l2"),
+        ("data.train_path", "y"),
+        ("max_epochs", 3),
+        ("anything.new", 1),
+    ):
+        assert run_identity(_cfg(tmp_path, **{key: value})) != identity, key
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_folder__one_checkpoint_the_one_before_and_the_config(tmp_path):
+    cfg = _cfg(tmp_path)
+    last = _checkpointer(_train(cfg)).last_ckpt
+    folder = tmp_path / "dino_vmf" / f"run-{run_identity(cfg)}"
+    assert _files(folder) == ["args.json", "previous/run-ep1.ckpt", "run-ep2.ckpt"]
+    assert last == folder / "run-ep2.ckpt"
+    assert json.loads((folder / "args.json").read_text()) == OmegaConf.to_container(cfg)
+    weights = torch.load(last, weights_only=True)["state_dict"]["weight"]
+    assert torch.equal(weights, torch.full((1000,), -6.0))
+
+
+def test_keep_prev__all_of_them(tmp_path):
+    cfg = _cfg(tmp_path, **{"checkpoint.keep_prev": True})
+    _train(cfg, epochs=4)
+    names = [name for name in _files(tmp_path) if name.endswith(".ckpt")]
+    assert [Path(name).name for name in names] == [f"run-ep{i}.ckpt" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("frequency", "expected"),
+    [(1, [3, 4]), (2, [3, 4]), (3, [2, 4]), (5, [4]), (9, [4]), (0, [3, 4])],
+)
+def test_frequency__last_epoch_in_any_case(tmp_path, frequency, expected):
+    _train(_cfg(tmp_path, **{"checkpoint.frequency": frequency}), epochs=5)
+    names = [Path(name).stem for name in _files(tmp_path) if name.endswith(".ckpt")]
+    assert sorted(names) == [f"run-ep{epoch}" for epoch in expected]
+
+
+def test_second_start_of_the_same_run__leaves_the_first_alone(tmp_path):
+    cfg = _cfg(tmp_path)
+    first = _checkpointer(_train(cfg, epochs=1)).last_ckpt
+    content = first.read_bytes()
+    second = _checkpointer(_train(cfg, epochs=2)).last_ckpt
+    third = _checkpointer(_train(cfg, epochs=1)).last_ckpt
+    assert first.read_bytes() == content
+    identity = run_identity(cfg)
+    assert [p.parent.name for p in (first, second, third)] == [
+        f"run-{identity}",
+        f"run-{identity}-2",
+        f"run-{identity}-3",
+    ]
+
+
+def test_resumed_run__stays_in_its_folder(tmp_path):
+    cfg = _cfg(tmp_path)
+    first = _checkpointer(_train(cfg, epochs=2)).last_ckpt
+    for path in (first, first.parent / "previous" / "run-ep0.ckpt"):
+        again = _checkpointer(_train(cfg, epochs=4, ckpt_path=path))
+        assert again.path == first.parent
+        assert again.last_ckpt == first.parent / "run-ep3.ckpt"
+        weights = torch.load(again.last_ckpt, weights_only=True)["state_dict"]["weight"]
+        assert torch.equal(weights, torch.full((1000,), -8.0))
+        if path == first:
+            first.parent.joinpath("previous", "run-ep0.ckpt").write_bytes(
+                _first_epoch(tmp_path / "other")
+            )
+    assert len(list((tmp_path / "dino_vmf").iterdir())) == 1
+
+
+def _first_epoch(folder: Path) -> bytes:
+    return _checkpointer(_train(_cfg(folder), epochs=1)).last_ckpt.read_bytes()
+
+
+def test_given_folder__is_used(tmp_path):
+    """``pretrain`` chooses the folder for checkpoints, logs and monitors together."""
+    cfg = _cfg(tmp_path, **{"checkpoint.folder": str(tmp_path / "chosen")})
+    assert _checkpointer(_train(cfg, epochs=1)).last_ckpt == tmp_path / "chosen" / "run-ep0.ckpt"
+
+
+def test_choose_folder__of_a_resumed_file(tmp_path):
+    cfg = _cfg(tmp_path)
+    assert choose_folder(cfg, tmp_path / "a" / "x.ckpt") == tmp_path / "a"
+    assert choose_folder(cfg, tmp_path / "a" / "previous" / "x.ckpt") == tmp_path / "a"
+
+
+def test_run_folder__is_told_to_other_callbacks(tmp_path):
+    class Look(Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            self.folder = module.run_folder
+
+    look = Look()
+    trainer = _train(_cfg(tmp_path), epochs=1, callbacks=[look])
+    assert Path(look.folder) == _checkpointer(trainer).path
+
+
+# ---- damage --------------------------------------------------------------------------------------
+
+
+def test_is_whole__truncated_or_corrupted__false(tmp_path):
+    path = tmp_path / "x.ckpt"
+    torch.save({"weight": torch.arange(5000.0)}, path)
+    content = path.read_bytes()
+    assert is_whole(path)
+    for damaged in (b"", content[:10], content[: len(content) // 2], content[:-1], b"no archive"):
+        path.write_bytes(damaged)
+        assert not is_whole(path)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 0xFF  # a bit error inside the data: the checksum sees it
+    path.write_bytes(bytes(flipped))
+    assert zipfile.is_zipfile(path)
+    assert not is_whole(path)
+    assert not is_whole(tmp_path / "absent.ckpt")
+
+
+def test_find_checkpoint__newest_whole_one_of_this_run(tmp_path, capsys):
+    cfg = _cfg(tmp_path, **{"checkpoint.keep_prev": True})
+    assert find_checkpoint(cfg) is None
+    _train(cfg, epochs=12)
+    newest = find_checkpoint(cfg)
+    assert newest.name == "run-ep11.ckpt"  # by number, not by name
+    assert capsys.readouterr().out.count("damaged") == 0
+    newest.write_bytes(b"")
+    assert find_checkpoint(cfg).name == "run-ep10.ckpt"
+    assert f"checkpoint {newest} is truncated or damaged" in capsys.readouterr().out
+    for path in tmp_path.rglob("*.ckpt"):
+        path.write_bytes(b"")
+    assert find_checkpoint(cfg) is None
+
+
+def test_failed_write__old_file_kept_and_named(tmp_path, monkeypatch):
+    """A full disk, in the middle of the second checkpoint."""
+    saved = Trainer.save_checkpoint
+
+    def full_disk(self: Trainer, path: Path, *args: Any, **kwargs: Any) -> None:
+        if self.current_epoch == 1:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        saved(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", full_disk)
+    cfg = _cfg(tmp_path)
+    with pytest.raises(OSError) as caught:
+        _train(cfg)
+    message = str(caught.value)
+    assert "run-ep1.ckpt could not be written: No space left on device" in message
+    assert "run-ep0.ckpt is untouched" in message
+    assert [Path(n).name for n in _files(tmp_path)] == ["args.json", "run-ep0.ckpt"]
+    assert is_whole(find_checkpoint(cfg))
+
+
+def test_interrupted_write__leftover_is_cleared_away(tmp_path):
+    cfg = _cfg(tmp_path)
+    last = _checkpointer(_train(cfg, epochs=1)).last_ckpt
+    leftover = last.with_name("run-ep1.ckpt.tmp")
+    leftover.write_bytes(b"half")
+    _train(cfg, epochs=2, ckpt_path=last)
+    assert not leftover.exists()
+
+
+def test_unwritable_folder__named_before_training(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(OSError, match=r"checkpoint\.dir=.*file cannot be written"):
+        _train(_cfg(blocked))
+
+
+@pytest.mark.skipif(
+    host.GENERATION != "main", reason="1.0.2's main_pretrain.py has another Trainer"
+)
+def test_hosts_checkpointer__is_replaced_not_doubled(tmp_path):
+    """The host's main_pretrain.py passes its own: Lightning lets a subclass take its place."""
+    from solo.utils.checkpointer import Checkpointer as HostCheckpointer
+
+    cfg = _cfg(tmp_path)
+    theirs = HostCheckpointer(copy.deepcopy(cfg), logdir=str(tmp_path / "host"), frequency=1)
+    trainer = _train(cfg, epochs=1, callbacks=[theirs])
+    assert [type(c) for c in trainer.callbacks if isinstance(c, HostCheckpointer)] == [Checkpointer]
+    assert not (tmp_path / "host").exists()
