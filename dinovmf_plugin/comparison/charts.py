@@ -119,9 +119,8 @@ def stability_chart(groups: Sequence[Group], metric: str, ylabel: str) -> Themes
                 for run in group.runs:
                     whole = run["outcome"] == "trains"
                     value = run["metrics"].get(metric, bottom)
-                    axes.plot(
-                        group.lr, value, "o" if whole else "X", color=style["color"], alpha=0.7
-                    )
+                    marker = "o" if whole else "X"
+                    axes.plot([group.lr or 0.0], [value], marker, color=style["color"], alpha=0.7)
         axes.set_xscale("log")
 
     return _chart("learning rate before scaling (X: broken run)", ylabel, draw)
