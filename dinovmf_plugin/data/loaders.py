@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -26,6 +27,16 @@ class ImageSource(Protocol):
 
     def label(self, index: int) -> int:
         """Its class, or -1."""
+
+
+def worker_start_method(num_workers: int) -> str | None:
+    """How worker processes start: not by forking once DALI's threads run, which can deadlock them.
+
+    Example:
+        >>> worker_start_method(0) is None
+        True
+    """
+    return "forkserver" if num_workers > 0 and "nvidia.dali" in sys.modules else None
 
 
 class FolderSource:
@@ -114,6 +125,7 @@ class PretrainLoader(ResumableLoader):
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             persistent_workers=num_workers > 0,
+            multiprocessing_context=worker_start_method(num_workers),
             prefetch_factor=prefetch_factor if num_workers > 0 else None,
             # PyTorch draws seeds for the workers; not from the stream that initialises the model.
             generator=torch.Generator(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -113,6 +114,12 @@ def test_scan__a_failure__is_a_warning_not_the_end_of_every_hydra_app(scan, monk
         pass
 
     monkeypatch.setitem(host.METHODS, "dino_vmf", Foreign)
+    # a hydra app that another test ran in this process may have disabled all loggers
+    logger = logging.getLogger("dinovmf_plugin")
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logging.root.manager, "disable", 0)
+    logger.setLevel(logging.WARNING)
     scan()
     assert "methods were not registered" in caplog.text
     assert "already registered" in caplog.text
