@@ -139,18 +139,17 @@ class IBOT(DINOMultiCrop):
     def teacher_tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher's CLS features ``(N, D)``, and embeddings of CLS ``(N, p)`` and patches ``(N * P, p)``."""
         tokens = backbones.forward_tokens(self.momentum_backbone, images)
-        prefix = tokens.shape[1] - self.num_patches(images)
-        features, patches = tokens[:, 0], tokens[:, prefix:].flatten(0, 1)
+        features, patches = tokens[:, 0], self.patch_tokens(tokens, images).flatten(0, 1)
         rows = torch.cat([features, patches])
         # BatchNorm needs all rows together; otherwise the wide hidden layers are made piece by piece
         size = len(rows) if self.settings.use_bn_in_head else _HEAD_ROWS
         embeddings = torch.cat([self.momentum_head(chunk) for chunk in rows.split(size)])
         return features, embeddings[: len(images)], embeddings[len(images) :]
 
-    def num_patches(self, images: Tensor) -> int:
-        """Patches of one image of this size."""
+    def patch_tokens(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """The patches ``(N, P, D)`` among all tokens: without CLS and registers."""
         rows, cols = backbones.patch_grid(self.backbone, *images.shape[-2:])
-        return rows * cols
+        return tokens[:, tokens.shape[1] - rows * cols :]
 
     def student_embeddings(
         self, images: Tensor, masks: Tensor, local_crops: list[Tensor]
@@ -164,7 +163,7 @@ class IBOT(DINOMultiCrop):
         )
         features = tokens[:, 0]
         cls_rows = [features, *forward_by_size(self.student_features, local_crops)]
-        patches = tokens[:, tokens.shape[1] - masks.shape[1] :][masks]
+        patches = self.patch_tokens(tokens, images)[masks]
         embeddings = self.head(torch.cat([*cls_rows, patches]))
         cls, masked = embeddings.split([len(embeddings) - len(patches), len(patches)])
         return features, cls, masked
@@ -177,10 +176,8 @@ class IBOT(DINOMultiCrop):
         masks = self.draw_masks(images)
 
         teacher_features, teacher_cls, teacher_patches = self.teacher_tokens(images)
-        prototypes, patch_temperature = (
-            self.momentum_head.last_layer,
-            self.teacher_patch_temperature(),
-        )
+        prototypes = self.momentum_head.last_layer
+        patch_temperature = self.teacher_patch_temperature()
         cls_targets = self.cls_targets(teacher_cls)
         masked_targets = patch_targets(
             self.patch_centering, prototypes, teacher_patches[masks.flatten()], patch_temperature

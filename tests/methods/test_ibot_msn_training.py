@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,14 @@ def _structured_batches(steps: int, crops: tuple[int, int]) -> list[Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_fit__twenty_steps__finite_and_falling(small_cfg, build, fit, method):
     cfg = small_cfg(
-        method, max_epochs=1, **{"optimizer.lr": 1e-3, "method_kwargs.proj_hidden_dim": 64}
+        method,
+        max_epochs=1,
+        **{
+            "optimizer.lr": 1e-3,
+            "method_kwargs.proj_hidden_dim": 64,
+            "method_kwargs.monitor": True,
+            "method_kwargs.monitor_every": 10,
+        },
     )
     module, losses = build(cfg), []
     original = module.distillation_loss
@@ -161,8 +169,9 @@ def test_fit__twenty_steps__finite_and_falling(small_cfg, build, fit, method):
 
     module.distillation_loss = recorded
     loader = torch.utils.data.DataLoader(_structured_batches(20, (2, 2)), batch_size=None)
-    fit(module, loader)
+    trainer = fit(module, loader)
     assert len(losses) == 20
+    assert 0 < trainer.callback_metrics["monitor/teacher_entropy"] < math.log(32)
     first, last = torch.tensor(losses[:5]).mean(), torch.tensor(losses[-5:]).mean()
     assert torch.isfinite(torch.tensor(losses)).all()
     assert last < first - 0.02
