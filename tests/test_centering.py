@@ -89,6 +89,18 @@ def test_targets_and_centre__three_steps__equal_the_equations(case):
     assert targets.dtype == torch.float32
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_update__in_chunks__equals_all_rows(case):
+    make, with_bias, _ = CASES[case]
+    scores, bias = _batches(rows=7)
+    bias = bias if with_bias else None
+    whole, chunked = make(), make()
+    for s, tau in zip(scores, TEMPERATURES, strict=True):
+        whole.update(s, tau, bias)
+        chunked.update((part for part in s.split([3, 0, 1, 3])), tau, bias)
+        torch.testing.assert_close(chunked.center, whole.center)
+
+
 def test_update__changes_the_next_targets_not_this_steps():
     scores, _ = _batches()
     for centering in (LogitCentering(K), ProbabilityCentering(K)):
@@ -270,7 +282,7 @@ def _run_two_steps(rank: int, counts: list[int]) -> dict[str, list[torch.Tensor]
         for parts, tau in zip(_rank_rows(counts), TEMPERATURES, strict=True):
             mine = parts[rank] if rank is not None else torch.cat(parts)
             targets.append(centering(mine, tau, b))
-            centering.update(mine, tau, b)
+            centering.update(mine if rank is None else mine.split(2), tau, b)
         out[name] = [centering.center, *targets]
     return out
 

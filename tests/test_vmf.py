@@ -55,6 +55,14 @@ def test_log_normalizer__against_mpmath__error_of_the_order(reference, order, bo
     assert not_below <= error < bound
 
 
+@pytest.mark.parametrize(("order", "bound"), [(0, 2e-2), (1, 9e-4), (2, 5.5e-5)])
+def test_log_normalizer__small_dimension__every_digit_of_the_terms_counts(order, bound):
+    kappa = np.geomspace(0.01, 2000, 60)
+    expected = [float(mp_log_normalizer(k, 16)) for k in kappa]
+    ours = vmf.log_normalizer(torch.tensor(kappa), 16, order=order).numpy()
+    assert np.abs(ours - expected).max() < bound
+
+
 def test_log_normalizer__default_order__is_the_papers(reference):
     kappa = torch.tensor(KAPPAS, dtype=torch.float64)
     torch.testing.assert_close(
