@@ -14,15 +14,19 @@ Logits are stored prototype-major: a chunk of prototypes is one contiguous block
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["Kernel", "Plan", "choose_plan", "multiplies_natively"]
+__all__ = ["Kernel", "Plan", "PrototypeGradients", "choose_plan", "multiplies_natively", "room"]
 
 _HALF = (torch.bfloat16, torch.float16)
+_SAFE = 40.0  # exp(+-40), and sums of 2^30 of them, are far inside float32's and bfloat16's range
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ class Plan:
 def choose_plan(weight: Tensor, rows: int, dtype: torch.dtype, product: torch.dtype) -> Plan:
     """Strategy and sizes for ``rows`` student rows, sums in ``dtype``, products in ``product``.
 
-    On a CPU one block takes about the memory of the prototypes' own gradient (at K = 65536) and one
+    On a CPU one block takes at most 96 MiB (or the memory of the prototypes' own gradient) and one
     chunk 8 MiB: smaller ones are no faster on an idle machine, and slower on a busy one, where threads
     wait for each other after every operation. Elsewhere, too, launches are what counts.
     """
     num_prototypes, dim = weight.shape
     device = weight.device.type
-    block, chunk = (1 << 24, 1 << 21) if device == "cpu" else (1 << 28, 1 << 26)
+    block, chunk = (3 << 23, 1 << 21) if device == "cpu" else (1 << 28, 1 << 26)
     blocks = math.ceil(rows / max(block // num_prototypes, dim))
     block_rows = math.ceil(rows / blocks)
     chunks = math.ceil(num_prototypes / max(chunk // max(block_rows, dim), 256))
@@ -64,6 +68,21 @@ def multiplies_natively(dtype: torch.dtype, device: str) -> bool:
         return True
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return dtype == torch.bfloat16 and supported is not None and bool(supported())
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory, on a Linux CPU in huge pages if it is large.
+
+    The operating system zeroes fresh memory page by page when it is first touched. In pages of 4 KiB
+    that took 22 ms for the gradient of 65536 prototypes, half as long as the product that fills it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < 1 << 22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=dtype).view(shape)
 
 
 def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
@@ -110,7 +129,22 @@ class Kernel:
         self.target_operand = y.dtype if plan.operand == torch.float16 else plan.operand
         size, k = plan.columns, weight.shape[0]
         self.chunks = [(lo, min(lo + size, k)) for lo in range(0, k, size)]
-        self.scratch = y.new_empty(min(size, k), weight.shape[1])
+        self.scratch = room((min(size, k), weight.shape[1]), y.dtype, y.device)
+        self.wide = plan.stored != torch.float16
+
+    @cached_property
+    def bound(self) -> float:
+        """An upper bound of ``|l|`` by Cauchy-Schwarz; infinity where asking would wait for a GPU."""
+        if self.y.device.type != "cpu":
+            return math.inf
+        norms = self.norms
+        if norms is None:
+            norms = torch.linalg.vector_norm(self.weight, dim=1, dtype=self.y.dtype)
+        length = norms if self.scale is None else norms * self.scale.abs()
+        bound = length.max() * torch.linalg.vector_norm(self.y, dim=1).max()
+        if self.bias is not None:
+            bound = bound + self.bias.abs().max()
+        return float(bound)
 
     def prototypes(self, lo: int, hi: int) -> Tensor:
         """Effective prototypes of one chunk, as operand."""
@@ -135,10 +169,12 @@ class Kernel:
         """
         operand = y.to(self.operand).t()
         in_place = stored is not None and stored.dtype == y.dtype
-        work = stored if in_place else y.new_empty(len(self.scratch), len(y))
+        work = stored if in_place else room((len(self.scratch), len(y)), y.dtype, y.device)
         assert work is not None
-        shift = y.new_full((len(y),), -math.inf)
-        total = torch.zeros_like(shift)
+        # a running maximum costs two passes over every chunk: leave it out where it cannot matter
+        bounded = self.wide and self.bound < _SAFE
+        total = y.new_zeros(len(y))
+        shift = torch.zeros_like(total) if bounded else torch.full_like(total, -math.inf)
         shifts = []
         for lo, hi in self.chunks:
             w = self.prototypes(lo, hi)
@@ -149,16 +185,20 @@ class Kernel:
                 torch.addmm(self.bias[lo:hi, None], w, operand, out=e)
             else:
                 _addmm(e, w, operand, beta=0).add_(self.bias[lo:hi, None])
-            previous, shift = shift, torch.maximum(shift, e.amax(dim=0))
-            decay = (previous - shift).exp_()
+            if not bounded:
+                previous, shift = shift, torch.maximum(shift, e.amax(dim=0))
+                decay = (previous - shift).exp_()
+                total.mul_(decay)
+                if mean is not None:
+                    mean.mul_(decay[:, None])
+                e.sub_(shift)
             shifts.append(shift)
-            e.sub_(shift).exp_()
-            total.mul_(decay).add_(e.sum(dim=0))
+            total.add_(e.exp_().sum(dim=0))
             if stored is not None and not in_place:
                 rounded = stored[lo:hi].copy_(e)
                 e = rounded if rounded.dtype == self.operand else e
             if mean is not None:
-                _addmm(mean.mul_(decay[:, None]), e.to(self.operand).t(), w, beta=1)
+                _addmm(mean, e.to(self.operand).t(), w, beta=1)
             if target_mean is not None:
                 t = self.targets[:, lo:hi].to(self.target_operand)
                 _addmm(target_mean, t, w.to(self.target_operand), beta=1)
@@ -240,7 +280,9 @@ class PrototypeGradients:
     def __init__(self, kernel: Kernel, needs: list[bool]) -> None:
         k, p = kernel.weight.shape
         make, self.needs = kernel.y.new_empty, needs
-        self.weight = make(k, p) if needs[0] or needs[1] else None  # factor's is made from it
+        self.weight = None
+        if needs[0] or needs[1]:  # factor's is made from weight's
+            self.weight = room((k, p), kernel.y.dtype, kernel.y.device)
         self.factor = make(k) if needs[1] else None
         self.bias = make(k) if needs[2] else None
 

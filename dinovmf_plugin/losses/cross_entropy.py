@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinovmf_plugin.losses.chunked import Kernel, Plan, PrototypeGradients, choose_plan
+from dinovmf_plugin.losses.chunked import Kernel, Plan, PrototypeGradients, choose_plan, room
 
 __all__ = ["prototype_cross_entropy"]
 
@@ -56,7 +56,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             store = any(needs[1:])
             waits = store and plan.keep
             rows = plan.rows if store else len(y)
-            buffer = y.new_empty(k * rows, dtype=plan.stored) if store else None
+            buffer = room((k * rows,), plan.stored, y.device) if store else None
             mean = torch.zeros_like(y) if needs[0] else None
             target_mean = torch.zeros_like(mixed)
             grads = PrototypeGradients(kernel, needs[1:]) if store and not plan.keep else None

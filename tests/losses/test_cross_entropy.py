@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -11,21 +12,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from dinovmf_plugin.losses import chunked, prototype_cross_entropy
 from dinovmf_plugin.losses import cross_entropy as module
-from dinovmf_plugin.losses import prototype_cross_entropy
 from dinovmf_plugin.losses.chunked import Plan, choose_plan
 from dinovmf_plugin.prototypes import Prototypes
 
 V, Q, N, P, K, TAU = 4, 2, 3, 5, 37, 0.3
 NAMES = ("embeddings", "weight", "factor", "bias")
-# (keep, rows of a block, prototypes of a chunk): chunks that do and do not divide K, one and several
-# blocks of the 12 student rows, the last one smaller
+# (keep, rows of a block, prototypes of a chunk, bound below which no running maximum is needed): chunks
+# that do and do not divide K, one and several blocks of the 12 student rows, the last one smaller
 SHAPES = {
-    "keep": (True, 12, 10),
-    "keep-one-chunk": (True, 12, 64),
-    "blocks": (False, 5, 8),
-    "blocks-of-one-row": (False, 1, 37),
-    "one-block": (False, 12, 1),
+    "keep": (True, 12, 10, 0.0),
+    "keep-bounded": (True, 12, 10, 1e3),
+    "keep-one-chunk": (True, 12, 64, 0.0),
+    "blocks": (False, 5, 8, 0.0),
+    "blocks-bounded": (False, 5, 8, 1e3),
+    "blocks-of-one-row": (False, 1, 37, 0.0),
+    "one-block": (False, 12, 1, 0.0),
 }
 
 
@@ -36,13 +39,14 @@ def strategy(request, monkeypatch):
 
 
 def use_strategy(monkeypatch, name, operand=None):
-    keep, rows, columns = SHAPES[name]
+    keep, rows, columns, safe = SHAPES[name]
 
     def plan(weight, total, dtype, product):
         chosen = choose_plan(weight, total, dtype, product)
         return Plan(keep, rows, columns, product, operand or chosen.operand)
 
     monkeypatch.setattr(module, "choose_plan", plan)
+    monkeypatch.setattr(chunked, "_SAFE", safe)
 
 
 def problem(dtype=torch.float64, seed=0):
@@ -304,8 +308,14 @@ def test_two_processes__average_their_gradients(ddp, keep):
 # ---- precision -----------------------------------------------------------------------------------
 
 
+UNBOUNDED = [name for name in SHAPES if "bounded" not in name]
+
+
 @pytest.mark.parametrize("kappa", [1e3, 1e5])
-def test_huge_logits__stay_finite_and_right(strategy, kappa):
+@pytest.mark.parametrize("name", [*UNBOUNDED, "chosen"])
+def test_huge_logits__stay_finite_and_right(monkeypatch, name, kappa):
+    if name != "chosen":
+        use_strategy(monkeypatch, name)
     leaves, fixed = problem(torch.float32)
     with torch.no_grad():
         leaves["factor"].mul_(kappa * TAU)
@@ -321,8 +331,10 @@ def test_huge_logits__stay_finite_and_right(strategy, kappa):
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["rising", "falling"])
-def test_chunks_whose_logits_lie_far_apart__do_not_over_or_underflow(strategy, order):
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_chunks_whose_logits_lie_far_apart__do_not_over_or_underflow(monkeypatch, name, order):
     """The running maximum moves by more than float32's exponent from one chunk to the next."""
+    use_strategy(monkeypatch, name)
     leaves, fixed = problem(torch.float32)
     with torch.no_grad():
         leaves["bias"].copy_(torch.linspace(-4000, 4000, K) * order)
@@ -340,13 +352,13 @@ HALVES = {
 
 
 @pytest.mark.parametrize("half", HALVES)
-@pytest.mark.parametrize("name", ["keep", "blocks"])
+@pytest.mark.parametrize("name", ["keep", "keep-bounded", "blocks"])
 def test_autocast__float32_softmax_and_bias_and_gradients_of_the_leaves(monkeypatch, name, half):
     dtype, operand = HALVES[half]
     use_strategy(monkeypatch, name, operand)
     leaves, fixed = problem(torch.float32)
     with torch.no_grad():
-        leaves["bias"].sub_(344)  # bf16 numbers are 2 apart here
+        leaves["bias"].sub_(0 if "bounded" in name else 344)  # bf16 numbers are 2 apart there
     with torch.autocast("cpu", dtype):
         value = ours(leaves, fixed, normed=True)
     expected = plain(leaves, fixed, normed=True)
@@ -403,8 +415,31 @@ def test_chosen_sizes__fit_the_problem_and_bound_the_memory(rows, k, p):
     assert 1 <= plan.rows <= rows
     assert 1 <= plan.columns <= k
     cpu = choose_plan(torch.empty(k, p), rows, torch.float32, torch.float32)
-    assert 4 * cpu.rows * k <= max(64 * 2**20, 4 * p * k)
+    assert 4 * cpu.rows * k <= max(96 * 2**20, 4 * p * k)
     assert 4 * cpu.columns * cpu.rows <= max(9 * 2**20, 4 * (256 + 64) * cpu.rows)
+
+
+@pytest.mark.parametrize("norm", [1.0, 30.0], ids=["bounded", "maximum"])
+def test_sizes_of_a_real_run__equal_torch(norm):
+    """Chosen plan, several chunks and, on Linux, huge pages, whose tensors are like any other."""
+    torch.manual_seed(0)
+    views, n, k, p = 3, 6, 16384, 64
+    y = F.normalize(torch.randn(views, n, p), dim=-1).requires_grad_()
+    v, g = torch.randn(k, p, requires_grad=True), torch.full((k,), norm, requires_grad=True)
+    targets = torch.randn(1, n, k).softmax(dim=-1)
+    assert 4 * k * p >= 1 << 22
+
+    value = prototype_cross_entropy(y, v, targets, temperature=0.1, magnitude=g)
+    value.backward()
+    logits = y @ (g[:, None] * F.normalize(v, dim=-1)).t() / 0.1
+    expected = -(targets * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+    torch.testing.assert_close(value, expected)
+    for leaf, grad in zip((y, v, g), torch.autograd.grad(expected, (y, v, g)), strict=True):
+        torch.testing.assert_close(leaf.grad, grad, rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
+    before, change = v.detach().clone(), copy.deepcopy(v.grad)
+    del value, expected, logits
+    torch.optim.SGD([v], lr=1.0).step()
+    torch.testing.assert_close(v.detach(), before - change)
 
 
 class _Largest(TorchDispatchMode):
@@ -429,7 +464,7 @@ def test_nothing_as_large_as_all_logits_is_made(monkeypatch, frozen):
         leaves[name].requires_grad_(not frozen)
     with _Largest() as largest:
         ours(leaves, fixed).backward()
-    _, rows, columns = SHAPES["blocks"]
+    _, rows, columns, _ = SHAPES["blocks"]
     given = max(x.numel() for x in (*leaves.values(), *fixed.values()))
     assert largest.elements <= max(given, V * N * columns if frozen else rows * K) < V * N * K
 
