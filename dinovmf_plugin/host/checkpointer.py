@@ -137,12 +137,12 @@ class Checkpointer(_HostCheckpointer):
         path = given or choose_folder(self.cfg, trainer.ckpt_path)
         self.path = Path(trainer.strategy.broadcast(str(path)))
         pl_module.run_folder = self.path
+        if trainer.ckpt_path is not None:  # also if there is nothing left to train
+            whole = [p for p in self.path.glob("*.ckpt") if is_whole(p)]
+            self.last_ckpt = max(whole, key=_epoch_of, default=Path(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Write ``args.json`` and clear away what an interrupted write left."""
-        if trainer.ckpt_path is not None:
-            whole = [p for p in self.path.glob("*.ckpt") if is_whole(p)]
-            self.last_ckpt = max(whole, key=_epoch_of, default=None)
         if trainer.is_global_zero:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

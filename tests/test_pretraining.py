@@ -1,0 +1,160 @@
+"""``pretrain``: from a composed recipe and a folder of pictures to a checkpoint, and on from there."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+from PIL import Image
+
+from dinovmf_plugin import host
+from dinovmf_plugin.pretraining import pretrain
+
+
+class PowerLoss(Exception):
+    """The machine went away."""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 2)):
+        for label in ("a", "b"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (36, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def _recipe(pictures: Path, folder: Path, *overrides: str) -> Any:
+    given = [
+        f"data.train_path={pictures / 'train'}",
+        f"data.val_path={pictures / 'val'}",
+        f"checkpoint.dir={folder}",
+        "data.format=image_folder",
+        "data.num_workers=0",
+        "check_val_every_n_epoch=1",
+        "max_epochs=2",
+        "scheduler.warmup_epochs=1",
+        "optimizer.batch_size=4",
+        "method_kwargs.num_prototypes=32",
+        "method_kwargs.proj_hidden_dim=16",
+        "method_kwargs.proj_output_dim=8",
+        "method_kwargs.monitor_every=3",
+        "backbone.kwargs.drop_path_rate=0.3",
+        "log_every_n_steps=1",
+        "+enable_progress_bar=False",
+        "+enable_model_summary=False",
+    ]
+    with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
+        return compose("demo_recipe", overrides=[*given, *overrides])
+
+
+class DieAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            raise PowerLoss
+
+
+def test_run__leaves_everything_in_one_folder(pictures, tmp_path):
+    final = pretrain(_recipe(pictures, tmp_path, "knn_eval.enabled=True", "knn_eval.k=2"))
+    folder = final.parent
+    assert final.name == "demo-ep1.ckpt"
+    assert folder.parent == tmp_path / "dino_vmf"
+    content = torch.load(final, weights_only=True)
+    assert content["global_step"] == 6  # 12 images in batches of 4, twice
+    assert content["epoch"] == 1
+    cfg = content["dinovmf_plugin"]["cfg"]
+    assert cfg == json.loads((folder / "args.json").read_text())
+    assert cfg["optimizer"]["lr"] == pytest.approx(8e-3 * 4 / 256)
+    with open(next(folder.rglob("metrics.csv"))) as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train_loss_step", "val_acc1", "val_knn_acc1", "tau"):
+        assert any(row.get(name) for row in rows), name
+    assert (folder / "monitor.jsonl").is_file()
+    assert [p.name for p in tmp_path.rglob("*.ckpt")].count("demo-ep1.ckpt") == 1
+
+
+def test_auto_resume__after_a_crash__bit_for_bit_the_same_end(pictures, tmp_path):
+    """The loader's order and augmentations, drop path, optimiser, centre, EMA and schedules."""
+    whole = pretrain(_recipe(pictures, tmp_path / "whole", "max_epochs=3"))
+    parts = ("max_epochs=3", "auto_resume.enabled=True", "data.val_path=null")
+    with pytest.raises(PowerLoss):
+        pretrain(_recipe(pictures, tmp_path / "parts", *parts), callbacks=[DieAt(5)])
+    resumed = pretrain(_recipe(pictures, tmp_path / "parts", *parts))
+    assert len(list((tmp_path / "parts" / "dino_vmf").iterdir())) == 1
+    a, b = (torch.load(path, weights_only=True) for path in (whole, resumed))
+    assert a["global_step"] == b["global_step"] == 9
+    for name, value in a["state_dict"].items():
+        # without validation images the classifier's learning rate is another
+        if not name.startswith("classifier"):
+            assert torch.equal(value, b["state_dict"][name]), name
+    again = pretrain(_recipe(pictures, tmp_path / "parts", *parts))
+    assert again == resumed  # finished: nothing to do, and nothing overwritten
+
+
+def test_auto_resume__other_cell__starts_afresh(pictures, tmp_path, capsys):
+    switch = ("auto_resume.enabled=True", "max_epochs=1")
+    first = pretrain(_recipe(pictures, tmp_path, *switch))
+    content = first.read_bytes()
+    second = pretrain(_recipe(pictures, tmp_path, *switch, "method_kwargs.centering=logit"))
+    assert second.parent != first.parent
+    assert torch.load(second, weights_only=True)["global_step"] == 3
+    assert first.read_bytes() == content
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_resume_from_checkpoint__missing_file__named(pictures, tmp_path):
+    cfg = _recipe(pictures, tmp_path, f"+resume_from_checkpoint={tmp_path / 'no.ckpt'}")
+    with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint=.*no\.ckpt is not a file"):
+        pretrain(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.batch_size=64", ["12", "64"]),
+        ("data.fraction=0.1", ["batch"]),
+        ("data.format=webdataset", ["data.format", "webdataset"]),
+    ],
+)
+def test_data_that_cannot_work__named_before_training(pictures, tmp_path, override, words):
+    with pytest.raises(ValueError) as caught:
+        pretrain(_recipe(pictures, tmp_path, override))
+    for word in words:
+        assert word in str(caught.value)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_checkpoints_off__none_written(pictures, tmp_path):
+    cfg = _recipe(pictures, tmp_path, "checkpoint.enabled=False", "max_epochs=1")
+    assert pretrain(cfg) is None
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_hosts_own_method__same_runner(pictures, tmp_path):
+    cfg = _recipe(pictures, tmp_path, "max_epochs=1", "data.val_path=null")
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg))
+    cfg.method = "simclr"
+    cfg.method_kwargs = {"proj_hidden_dim": 16, "proj_output_dim": 8, "temperature": 0.2}
+    cfg.augmentations = [cfg.augmentations[0], cfg.augmentations[1]]
+    final = pretrain(cfg)
+    assert final.parent.parent == tmp_path / "simclr"
+    content = torch.load(final, weights_only=True)
+    assert content["global_step"] == 3
+    prefix = "encoder." if host.GENERATION == "release" else "backbone."
+    assert any(name.startswith(prefix) for name in content["state_dict"])
