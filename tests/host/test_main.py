@@ -82,7 +82,7 @@ def test_unmodified_main_pretrain_then_main_knn(pictures, tmp_path):
         "data.num_workers=0",
         "augmentations=demo",
         "backbone.name=vit_nano",
-        "backbone.kwargs.img_size=64",
+        "backbone.kwargs.img_size=32",
         "method_kwargs.num_prototypes=32",
         "method_kwargs.proj_hidden_dim=16",
         "method_kwargs.proj_output_dim=8",
