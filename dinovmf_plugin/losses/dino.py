@@ -51,7 +51,7 @@ def dino_loss(
         prototypes.weight_v,
         targets,
         temperature=temperature,
-        scale=prototypes.scale(),
+        magnitude=prototypes.weight_g.squeeze(-1),
         bias=prototypes.log_normalizer(temperature),
         pair_weights=pairs.to(student.device),
     )

@@ -1,0 +1,59 @@
+"""The step benchmark on tiny networks: every candidate trains, is timed, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+
+from dinovmf_plugin.benchmarks import step
+
+TINY = ["batch=2", "backbone=vit_nano", "size=32", "prototypes=32", "rounds=2", "steps=2"]
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_report__times_of_every_candidate(tmp_path, capsys, crops):
+    path = tmp_path / "step.json"
+    step.main([*TINY, f"crops={crops}", f"output={path}"])
+    report = json.loads(path.read_text())
+    result = report["results"]
+    names = [*step.CANDIDATES, *([step.HOST] if crops == 0 else [])]
+    assert list(result["median"]) == names
+    for name in names:
+        assert len(result["seconds"][name]) == 2 * 2
+        assert result["median"][name] == statistics.median(result["seconds"][name]) > 0
+    ours = result["median"]["dino_vmf"]
+    assert result["ratio"] == {n: ours / result["median"][n] for n in names if n != "dino_vmf"}
+    assert "dino_vmf takes" in capsys.readouterr().out
+    with pytest.raises(FileExistsError, match=r"step\.json"):
+        step.main([*TINY, f"output={path}"])
+
+
+def test_candidates__share_backbone_prototypes_and_views():
+    settings = {**step.DEFAULTS, "backbone": "vit_nano", "size": 32, "prototypes": 32}
+    ours, theirs = (step._module(settings, name) for name in ("dino_multicrop", step.HOST))
+    assert type(theirs).__name__ == "DINO"
+    their_backbone = getattr(theirs, "backbone", None) or theirs.encoder  # 1.0.2's name
+    for pair in ((ours.head, theirs.head), (ours.backbone, their_backbone)):
+        shapes = [sorted(tuple(p.shape) for p in network.parameters()) for network in pair]
+        assert shapes[0] == shapes[1]
+    vmf, none = (step._module(settings, name) for name in ("dino_vmf", "dino_vmf none"))
+    prototypes = [module.head.last_layer.normalization for module in (vmf, none)]
+    assert prototypes == ["vmf", "none"]
+    assert type(vmf.centering) is type(none.centering)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("bach=3", "bach"),
+        ("batch=two", "batch='two'"),
+        ("rounds=0", "rounds=0 must be at least 1"),
+        ("crops=-1", "crops=-1 must be at least 0"),
+        ("steps", "key=value"),
+    ],
+)
+def test_wrong_argument__is_named(argument, message):
+    with pytest.raises(ValueError, match=message):
+        step.main([argument])
