@@ -32,6 +32,7 @@ __all__ = ["main", "measure", "peak_memory"]
 DEFAULTS: dict[str, Any] = {
     "batch": "16,64",  # images, comma-separated
     "precision": "float32,bf16",
+    "device": "cpu",  # or cuda
     "prototypes": 65536,
     "dim": 256,
     "crops": 10,  # local crops, besides two global ones
@@ -48,19 +49,27 @@ def _difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
     return {key: float((a[key] - b[key]).norm() / b[key].norm().clamp_min(1e-30)) for key in b}
 
 
+def _wait(device: str) -> None:
+    """Until a GPU has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) -> dict[str, Any]:
     """Times of the candidates, taking turns, and how far their gradients are from ``none``'s.
 
     Returns:
         ``seconds`` (all), ``median``, ``best`` and ``difference`` by candidate.
     """
-    load = Workload(batch, settings["prototypes"], settings["dim"], settings["crops"], half)
+    device = settings["device"]
+    load = Workload(batch, settings["prototypes"], settings["dim"], settings["crops"], half, device)
     steps = {name: load.candidate(name) for name in names}
     first, reference = {}, {}
     difference = {}
     for name, step in steps.items():
         start = time.perf_counter()
         result = step()
+        _wait(device)
         first[name] = time.perf_counter() - start
         if name == "none":
             reference = result
@@ -75,6 +84,7 @@ def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) 
             gc.collect()
             start = time.perf_counter()
             step()
+            _wait(device)
             seconds[name].append(time.perf_counter() - start)
     return {
         "seconds": seconds,
@@ -96,12 +106,21 @@ def peak_memory(name: str, settings: dict[str, Any], batch: int, half: bool) -> 
     """Bytes by which this process's resident set grows, at most, in two steps of a candidate.
 
     A small step first brings in the libraries; then the kernel's peak counter is reset
-    (/proc/self/clear_refs), so that what was resident before does not hide the growth.
+    (/proc/self/clear_refs), so that what was resident before does not hide the growth. On a GPU it is
+    what PyTorch's allocator hands out.
     """
-    Workload(2, 512, settings["dim"], settings["crops"], half).candidate(name)()
-    load = Workload(batch, settings["prototypes"], settings["dim"], settings["crops"], half)
+    dim, crops, device = (settings[key] for key in ("dim", "crops", "device"))
+    Workload(2, 512, dim, crops, half, device).candidate(name)()
+    load = Workload(batch, settings["prototypes"], dim, crops, half, device)
     step = load.candidate(name)
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        for _ in range(2):
+            kept = step()
+            del kept
+        return torch.cuda.max_memory_allocated() - allocated
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     for _ in range(2):
@@ -121,7 +140,7 @@ def _fresh_peak(name: str, settings: dict[str, Any], batch: int, half: bool) -> 
     return int(done.stdout.split()[-1]) / 1e6
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: str) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -130,7 +149,8 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "bf16_products": multiplies_natively(torch.bfloat16, "cpu"),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "bf16_products": multiplies_natively(torch.bfloat16, device),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
@@ -154,7 +174,12 @@ def _parse(argv: list[str]) -> dict[str, Any]:
     sizes = settings["batch"].split(",")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise ValueError(f"batch={settings['batch']!r} must be numbers of images, such as 16,64")
-    for key, known in {"precision": ("float32", "bf16"), "candidates": CANDIDATES}.items():
+    known_values: dict[str, tuple[str, ...]] = {
+        "precision": ("float32", "bf16"),
+        "candidates": CANDIDATES,
+        "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
+    }
+    for key, known in known_values.items():
         for value in settings[key].split(","):
             if value not in known:
                 raise ValueError(f"{key}={value!r} is unknown: choose from {', '.join(known)}")
@@ -205,7 +230,7 @@ def main(argv: list[str]) -> None:
         names.remove("lightly")
     if "none" not in names:
         names.insert(0, "none")  # everything is compared with it
-    machine = _machine()
+    machine = _machine(settings["device"])
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     rows = []
     for precision in settings["precision"].split(","):

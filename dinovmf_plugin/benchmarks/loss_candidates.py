@@ -43,15 +43,18 @@ class Workload:
         dim: ``p``.
         crops: local crops.
         half: products in bf16 (by autocast).
+        device: of all tensors: ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, batch: int, prototypes: int, dim: int, crops: int, half: bool) -> None:
+    def __init__(
+        self, batch: int, prototypes: int, dim: int, crops: int, half: bool, device: str = "cpu"
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.views, self.batch, self.prototypes, self.dim = 2 + crops, batch, prototypes, dim
-        self.half = half
+        self.half, self.device = half, device
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+            return torch.randn(*shape, generator=generator).to(device)
 
         self.weights = [normal(prototypes, dim) / dim**0.5 for _ in ("student", "teacher")]
         self.student_rows = F.normalize(normal(self.views * batch, dim), dim=-1)
@@ -78,7 +81,7 @@ class Workload:
         leaves: dict[str, Tensor] = {"embeddings": y, **dict(layer.named_parameters())}
 
         def step() -> dict[str, Tensor]:
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
                 loss = forward()
             loss.backward()
             out = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
@@ -90,11 +93,12 @@ class Workload:
 
     def _project(self, y: Tensor, normalization: Any) -> tuple[Forward, nn.Module]:
         student, teacher = (
-            Prototypes(self.dim, self.prototypes, normalization) for _ in self.weights
+            Prototypes(self.dim, self.prototypes, normalization).to(self.device)
+            for _ in self.weights
         )
         for layer, weight in zip((student, teacher), self.weights, strict=True):
             layer.weight_v.data.copy_(weight)
-        centering = LogitCentering(self.prototypes, MOMENTUM)
+        centering = LogitCentering(self.prototypes, MOMENTUM).to(self.device)
 
         @torch.no_grad()
         def targets() -> Tensor:
@@ -122,7 +126,7 @@ class Workload:
         for weight in self.weights:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                layer: Any = make()
+                layer: Any = make().to(self.device)
             layer.weight_v.data.copy_(weight)
             layer.weight_g.data.fill_(1)
             layers.append(layer)
@@ -142,7 +146,7 @@ class Workload:
             teacher_temp=TEACHER_TEMPERATURE,
             student_temp=STUDENT_TEMPERATURE,
             center_momentum=MOMENTUM,
-        )
+        ).to(self.device)
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -156,7 +160,7 @@ class Workload:
             return nn.utils.weight_norm(nn.Linear(self.dim, self.prototypes, bias=False))
 
         student, teacher = self._load(make)
-        center = torch.zeros(1, self.prototypes)
+        center = torch.zeros(1, self.prototypes, device=self.device)
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -176,7 +180,7 @@ class Workload:
         return forward, student
 
     def _products(self) -> Callable[[], dict[str, Tensor]]:
-        half = self.half and multiplies_natively(torch.bfloat16, "cpu")
+        half = self.half and multiplies_natively(torch.bfloat16, self.device)
         dtype = torch.bfloat16 if half else torch.float32
         w, teacher, y, t = (
             x.to(dtype) for x in (*self.weights, self.student_rows, self.teacher_rows)

@@ -46,6 +46,7 @@ def test_lightly__has_the_same_loss_and_gradients():
         ("batch=two", "batch='two'"),
         ("precision=fp8", "fp8"),
         ("candidates=none,theirs", "theirs"),
+        ("device=tpu", "device=.tpu."),
         ("repeats=many", "repeats='many'"),
         ("repeats", "key=value"),
     ],
