@@ -53,7 +53,7 @@ def _sequential_block_mask(ratio: float, rows: int, cols: int, rng: random.Rando
 def test_block_masks__14_by_14__end_slightly_below_the_ratio(ratio, realised):
     masks = block_masks(torch.full((1000,), ratio), 14, 14, _generator())
     share = masks.float().mean(dim=1)
-    assert share.mean().item() == pytest.approx(realised, abs=0.002)
+    assert share.mean().item() == pytest.approx(realised, abs=0.001)
     assert share.max() <= ratio + 1e-6
     assert share.min() > 0
 
