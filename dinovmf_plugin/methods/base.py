@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +18,7 @@ from dinovmf_plugin.losses.koleo import koleo_loss
 from dinovmf_plugin.methods import optimization
 from dinovmf_plugin.methods.probes import OnlineProbes
 from dinovmf_plugin.methods.records import REMEDY, NonFiniteLossError, StepRecord
+from dinovmf_plugin.methods.seeding import SeededSteps
 from dinovmf_plugin.methods.settings import MethodSettings, check_range, read_settings
 from dinovmf_plugin.methods.stored_config import StoredConfig
 from dinovmf_plugin.prototypes import Prototypes
@@ -68,7 +67,7 @@ def forward_by_size(forward: Any, crops: list[Tensor]) -> list[Tensor]:
     return outputs
 
 
-class SelfDistillation(StoredConfig, OnlineProbes):
+class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
     """Student and EMA teacher of one architecture on the host's base class.
 
     Subclasses define ``settings_class``, ``default_settings`` and ``distillation_loss``; everything that the
@@ -77,7 +76,7 @@ class SelfDistillation(StoredConfig, OnlineProbes):
 
     Differs from upstream (solo-learn's base): crops of one size share one forward; the EMA coefficient is
     a function of the step, so that it survives a resume; validation looks at the teacher; labels are
-    optional; seeds per step make the randomness of a resumed run that of an uninterrupted one.
+    optional; a resumed run draws what an uninterrupted one would have drawn (``SeededSteps``).
     """
 
     settings_class: ClassVar[type[MethodSettings]] = MethodSettings
@@ -91,7 +90,6 @@ class SelfDistillation(StoredConfig, OnlineProbes):
         self.settings: Any = read_settings(self.settings_class, self.cfg.method_kwargs)
         self.last_step: StepRecord | None = None
         self._step_of_last_update = 0
-        self._batch_index = 0
         backbones.disable_drop_path(self.momentum_backbone)
         self.momentum_backbone.requires_grad_(False)
 
@@ -123,6 +121,11 @@ class SelfDistillation(StoredConfig, OnlineProbes):
             raise ValueError(
                 f"optimizer.name={cfg.optimizer.name!r} is unknown: choose one of "
                 f"{', '.join(cls._OPTIMIZERS)}"
+            )
+        if cfg.data.num_large_crops + cfg.data.num_small_crops < 2:
+            raise ValueError(
+                f"augmentations give one crop per image, but {cfg.method} compares views of it: at least "
+                "two are needed"
             )
         check_range("momentum.base_tau", cfg.momentum.base_tau, 0, 1)
         check_range("momentum.final_tau", cfg.momentum.final_tau, cfg.momentum.base_tau, 1)
@@ -199,7 +202,6 @@ class SelfDistillation(StoredConfig, OnlineProbes):
             NonFiniteLossError: if the loss is NaN or infinite.
             ValueError: if the loader gives another number of crops than the config says.
         """
-        self._batch_index = batch_idx
         _, crops, targets = batch
         crops = [crops] if isinstance(crops, Tensor) else list(crops)
         if len(crops) != self.num_crops:
@@ -269,12 +271,8 @@ class SelfDistillation(StoredConfig, OnlineProbes):
         return self.total_steps
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set learning rate and weight decay of the coming optimiser step, and seed drop path.
-
-        Seeded by (seed, epoch, batch, rank): how much loaders and others have drawn from torch's generator
-        by now differs between a resumed and an uninterrupted run.
-        """
-        torch.manual_seed(self.derived_seed(self.current_epoch, batch_idx, self.global_rank, 2))
+        """Set learning rate and weight decay of the coming optimiser step, and seed drop path."""
+        self.seed_batch(batch_idx)
         final = self.settings.final_weight_decay
         optimization.update_schedules(
             self.optimizers(use_pl_optimizer=False),
@@ -308,31 +306,6 @@ class SelfDistillation(StoredConfig, OnlineProbes):
     def on_train_start(self) -> None:
         """Remember where a resumed run stands, so that the first micro-batch does not move the teacher."""
         self._step_of_last_update = self.trainer.global_step
-
-    def derived_seed(self, *entropy: int) -> int:
-        """A seed (32 bits) that is a function of the run's seed and of ``entropy``."""
-        values = [int(self.cfg.get("seed", 0) or 0), *entropy]
-        return int(np.random.SeedSequence(values).generate_state(1)[0])
-
-    def step_generator(self, *, per_rank: bool = True) -> torch.Generator:
-        """A generator on the device for this batch, seeded by (seed, epoch, batch, rank).
-
-        Nothing has to be saved for a resumed run to draw what it would have drawn.
-
-        Args:
-            per_rank: False if every rank is to draw the same.
-        """
-        rank = self.global_rank if per_rank else 0
-        # the last number keeps this stream apart from those of the epoch and of drop path
-        seed = self.derived_seed(self.current_epoch, self._batch_index, rank, 1)
-        return torch.Generator(self.device).manual_seed(seed)
-
-    def on_train_epoch_start(self) -> None:
-        """Seed the generators that loaders draw from by (seed, epoch, rank)."""
-        seed = self.derived_seed(self.current_epoch, self.global_rank)
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002  (libraries draw from the global generator)
-        torch.manual_seed(seed)
 
     def teacher_momentum(self, step: int) -> float:
         """EMA coefficient after optimiser step ``step`` (counted from 0)."""

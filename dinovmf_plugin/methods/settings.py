@@ -61,7 +61,7 @@ class MethodSettings:
     num_prototypes: int = 65536
     proj_num_layers: int = 3
     use_bn_in_head: bool = False
-    normalizer_order: int = 0
+    normalizer_order: int = 0  # terms of log C_p(kappa) beyond the paper's: 0, 1 or 2
     # temperatures
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
@@ -70,14 +70,16 @@ class MethodSettings:
     sinkhorn_iterations: int = 3
     # optimisation
     clip_grad: float = 0.0
-    final_weight_decay: float | None = None
-    prototype_spread: float = 0.0
+    final_weight_decay: float | None = None  # cosine from optimizer.weight_decay; None: constant
+    prototype_spread: float = 0.0  # weight of a loss that pushes prototypes apart
     # starting point
-    init_from: str | None = None
-    init_which: str = "teacher"
-    # monitors
+    init_from: str | None = (
+        None  # checkpoint: this project's, or an official DINO, iBOT or MSN file
+    )
+    init_which: str = "teacher"  # of its two networks
+    # monitors (analysis.callback.MixtureMonitor)
     monitor: bool = True
-    monitor_every: int = 50
+    monitor_every: int = 50  # steps
     stop_on_collapse: bool = False
 
     def validate(self) -> None:
@@ -116,15 +118,14 @@ class MethodSettings:
 class DINOSettings(MethodSettings):
     """``method_kwargs`` of ``dino_multicrop`` and ``dino_vmf``.
 
-    Names that solo-learn's own DINO has are kept; see ``configs/method/dino_vmf.yaml`` for the published
-    values and docs/configuration.md for every key.
+    Names that solo-learn's own DINO has are kept; the published values are in ``configs/method/``.
     """
 
     warmup_teacher_temperature: float = 0.04
     warmup_teacher_temperature_epochs: int = 0
-    center_raw_scores: bool = False
-    freeze_last_layer: int = 1
-    decay_magnitudes: bool = True
+    center_raw_scores: bool = False  # vmf with logit: leave log C_p(kappa) out of the centre
+    freeze_last_layer: int = 1  # epochs
+    decay_magnitudes: bool = True  # weight decay on prototype norms, as in DINO
 
     def validate(self) -> None:
         """Raise a ValueError for the first value that cannot work, naming its key."""

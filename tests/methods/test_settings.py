@@ -143,6 +143,12 @@ def test_method__bad_config__named_before_anything_is_built(tiny_cfg, build, key
         assert word in str(caught.value)
 
 
+def test_one_crop_per_image__refused(tiny_cfg, build):
+    cfg = tiny_cfg(**{"data.num_large_crops": 1, "data.num_small_crops": 0})
+    with pytest.raises(ValueError, match="give one crop per image, but dino_vmf compares views"):
+        build(cfg)
+
+
 def test_unknown_method__choices_named(tiny_cfg, build):
     with pytest.raises(ValueError, match=r"method='dino_vfm' is unknown: choose one of .*dino_vmf"):
         build(tiny_cfg("dino_vfm"))
