@@ -70,6 +70,7 @@ class Centering(nn.Module):
     Attributes:
         linear: whether a batch's centre is a linear function of its mean scores, so that one row, the
             mean, may stand for all of them in ``update``.
+        row_wise: whether a row's targets depend on no other row, so that they may be made in chunks.
 
     Raises:
         ValueError: if the momentum lies outside [0, 1).
@@ -77,6 +78,7 @@ class Centering(nn.Module):
 
     center: Tensor
     linear: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = True
 
     def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
         super().__init__()
@@ -243,6 +245,8 @@ class SinkhornCentering(Centering):
         >>> centering(torch.randn(4, 8), temperature=0.1).sum(dim=-1).round(decimals=4)
         tensor([1., 1., 1., 1.])
     """
+
+    row_wise = False
 
     def __init__(self, num_prototypes: int, iterations: int = 3) -> None:
         super().__init__(num_prototypes, momentum=0.0)

@@ -98,11 +98,19 @@ def patch_targets(
 ) -> Tensor:
     """Targets ``(M, K)`` of the teacher's masked patches ``(M, p)``.
 
-    With ``centering=sinkhorn`` the masked patches of all ranks are one assignment (DINOv2).
+    With ``centering=sinkhorn`` the masked patches of all ranks are one assignment (DINOv2). Otherwise
+    scores and targets are made in chunks of patches: only the targets exist for all of them.
     """
-    return centering(
-        prototypes.scores(embeddings), temperature, prototypes.log_normalizer(temperature)
-    )
+    log_normalizer = prototypes.log_normalizer(temperature)
+    if not centering.row_wise:
+        return centering(prototypes.scores(embeddings), temperature, log_normalizer)
+    shape = len(embeddings), prototypes.num_prototypes
+    targets = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
+    row = 0
+    for scores in _chunks(prototypes, embeddings):
+        targets[row : row + len(scores)] = centering(scores, temperature, log_normalizer)
+        row += len(scores)
+    return targets
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dinovmf_plugin.centering import CENTERINGS, make_centering
 from dinovmf_plugin.losses import ibot
@@ -187,17 +189,47 @@ def test_patch_loss__other_numbers_of_patches__is_an_error():
 
 
 @pytest.mark.parametrize(("normalization", "centering"), CELLS)
-def test_update_patch_center__in_chunks__equals_all_scores_at_once(
+def test_targets_and_center__in_chunks__equal_all_scores_at_once(
     normalization, centering, monkeypatch
 ):
     monkeypatch.setitem(ibot._CHUNK_NUMBERS, "cpu", 5 * K)  # 36 patches: seven chunks of 5 and one
     layer, patches = _prototypes(normalization), _units(IMAGES * PATCHES, DIM)
+    scores, log_normalizer = layer.scores(patches).detach(), layer.log_normalizer(TAU_T)
     once, chunked = (make_centering(centering, K) for _ in range(2))
-    once.update(layer.scores(patches).detach(), TAU_T, layer.log_normalizer(TAU_T))
+    once.update(scores, TAU_T, log_normalizer)
     update_patch_center(chunked, layer, patches, TAU_T)
     torch.testing.assert_close(chunked.center, once.center)
+    targets = patch_targets(chunked, layer, patches, TAU_T)
+    torch.testing.assert_close(targets, once(scores, TAU_T, log_normalizer))
     if centering != "sinkhorn":
         assert once.center.abs().max() > 0
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Remembers the number of entries of the largest tensor that an operation returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.entries = max([self.entries, *sizes])
+        return out
+
+
+@pytest.mark.parametrize(("normalization", "centering"), CELLS)
+def test_no_tensor__holds_the_logits_of_all_patches(normalization, centering, monkeypatch):
+    monkeypatch.setitem(ibot._CHUNK_NUMBERS, "cpu", 4 * K)
+    masks, layer = _masks(), _prototypes(normalization)
+    patches = _units(IMAGES * PATCHES, DIM)
+    with _LargestTensor() as largest:
+        y = patches[masks.flatten()].clone().requires_grad_()
+        module = make_centering(centering, K)
+        targets = patch_targets(module, layer, y.detach(), TAU_T)
+        update_patch_center(module, layer, patches, TAU_T)
+        ibot_patch_loss(y, layer, targets, masks, TAU_S).backward()
+    biggest = max(int(masks.sum()) * K, K * DIM, IMAGES * PATCHES * DIM)
+    assert int(masks.sum()) * K <= largest.entries <= biggest < IMAGES * PATCHES * K
 
 
 # ---- two processes -------------------------------------------------------------------------------
