@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dinovmf_plugin import backbones, schedules
 from dinovmf_plugin.centering import make_centering
 from dinovmf_plugin.heads import ProjectionHead
+from dinovmf_plugin.host.config import count_devices
 from dinovmf_plugin.losses.msn import msn_loss, msn_targets
 from dinovmf_plugin.masking import kept_patches
 from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation, forward_by_size
@@ -57,7 +58,7 @@ class MSN(SelfDistillation):
     the *student's* prototypes, which have no EMA copy; the mean assignment of all anchors is kept uniform.
 
     BatchNorm of both heads is in training mode, its statistics per forward: of the anchors, of the focal
-    crops, of the targets (over all ranks with ``sync_batchnorm``, on GPUs).
+    crops, of the targets; over all ranks with ``sync_batchnorm``, as the recipes have it (GPUs only).
 
     Differs from upstream: prototypes are part of the module, so that their gradients are averaged over
     ranks like all others (upstream sums them; AdamW divides by their size either way); schedules count
@@ -93,6 +94,12 @@ class MSN(SelfDistillation):
             raise ValueError(
                 f"augmentations give {cfg.data.num_large_crops} large crops, but {cfg.method} needs 2: the "
                 "first is the target, the second the anchor (small crops are focal anchors)"
+            )
+        synchronised = cfg.get("sync_batchnorm") and cfg.method_kwargs.use_bn_in_head
+        if synchronised and cfg.get("accelerator") == "cpu" and count_devices(cfg.devices) > 1:
+            raise ValueError(
+                f"devices={cfg.devices} on CPUs cannot have sync_batchnorm=True, which PyTorch offers on "
+                "GPUs only: use one device, sync_batchnorm=False or method_kwargs.use_bn_in_head=False"
             )
 
     def make_head(self) -> ProjectionHead:

@@ -21,15 +21,9 @@ CELLS = [("l2", "sinkhorn"), ("vmf", "sinkhorn"), ("vmf", "probability")]
 
 
 @pytest.fixture
-def msn_cfg(tiny_cfg) -> Any:
-    """``tiny_cfg`` without the keys that MSN has not; patches of 8 px, so that there are some to drop."""
-
-    def make(method: str = "msn", **overrides: Any) -> Any:
-        cfg = tiny_cfg(method, **{"backbone.kwargs.patch_size": 8}, **overrides)
-        del cfg.method_kwargs["freeze_last_layer"]
-        return cfg
-
-    return make
+def msn_cfg(small_cfg) -> Any:
+    """``small_cfg`` of ``msn`` if nothing else is said."""
+    return lambda method="msn", **overrides: small_cfg(method, **overrides)
 
 
 class Watch(Callback):
@@ -130,8 +124,12 @@ class SlowMSN:
         for p in self.encoder:
             p.grad *= min(1.0, s.clip_grad / float(norm + 1e-6))
         progress = self.count / self.total
+        # one epoch of warm-up: two values from 0.01 to the peak; then the stretched cosine
+        fall = max(self.count - 2, 0) / (self.total - 2)
         for group, decay in zip(self.optimizer.param_groups, (True, False), strict=True):
-            group["lr"] = 1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * progress)) / 2
+            group["lr"] = 1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * fall)) / 2
+            if self.count < 2:
+                group["lr"] = (0.01, 0.1)[self.count]
             wd = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2
             group["weight_decay"] = wd if decay else 0.0
         self.optimizer.step()
@@ -151,11 +149,13 @@ class SlowMSN:
 def test_fit__four_steps__equals_slow_loop(
     msn_cfg, crop_loader, build, fit, normalization, centering
 ):
-    """Losses and all parameters; the schedules run over 5 steps, of which 4 are made."""
+    """Losses and all parameters; the schedules run over 5 steps, of which 4 are made in 2 epochs."""
     cfg = msn_cfg(
         "msn",
         **{
-            "max_epochs": 1,
+            "max_epochs": 2,
+            "scheduler.warmup_epochs": 1,
+            "scheduler.warmup_start_lr": 0.01,
             "backbone.kwargs.drop_path_rate": 0.0,
             "optimizer.name": "sgd",
             "optimizer.lr": 0.1,
@@ -175,12 +175,13 @@ def test_fit__four_steps__equals_slow_loop(
     kept, draw = [], module.draw_kept_patches
     module.draw_kept_patches = lambda images: kept.append(draw(images)) or kept[-1]
     losses = Watch(lambda m: float(m.trainer.callback_metrics["train_loss_step"]))
-    loader = crop_loader(steps=4)
+    loader = crop_loader(steps=2)
     fit(module, loader, callbacks=[losses])
 
     assert [len(keep) for keep in kept] == [math.floor(0.7 * 16)] * 4
     assert len({tuple(keep.tolist()) for keep in kept}) > 1
-    expected = [slow.step(crops, keep) for (_, crops, _), keep in zip(loader, kept, strict=True)]
+    crops = [batch[1] for batch in loader] * 2
+    expected = [slow.step(x, keep) for x, keep in zip(crops, kept, strict=True)]
     assert losses.seen == pytest.approx(expected, rel=1e-4)
     reference = (
         slow.module.state_dict()
@@ -239,6 +240,23 @@ def test_heads__use_batch_statistics_in_training_only(msn_cfg, crop_loader, buil
     assert not torch.equal(after, module.head.state_dict()["mlp.1.running_mean"])
 
 
+def test_batch_norm__of_both_heads_is_synchronised_by_the_recipes(build, tmp_path):
+    from hydra import compose, initialize_config_module
+
+    from dinovmf_plugin.host.config import parse_cfg
+    from dinovmf_plugin.pretraining import build_trainer
+
+    (tmp_path / "class").mkdir()
+    overrides = [f"data.train_path={tmp_path}", f"+checkpoint.folder={tmp_path}", "strategy=ddp"]
+    with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
+        cfg = compose("custom/msn", overrides=[*overrides, "backbone.name=vit_tiny"])
+    trainer = build_trainer(parse_cfg(cfg))
+    module = trainer.strategy._layer_sync.apply(build(cfg))  # what Lightning does before training
+    for head in (module.head, module.momentum_head):
+        kinds = [type(x) for x in head.modules() if "Norm" in type(x).__name__]
+        assert kinds == [torch.nn.SyncBatchNorm] * 2
+
+
 def test_momentum__is_a_line_that_the_run_does_not_finish(msn_cfg, build, monkeypatch):
     module = build(msn_cfg(momentum={"base_tau": 0.996, "final_tau": 1.0}))
     monkeypatch.setattr(MSN, "total_steps", 800)
@@ -256,6 +274,7 @@ def test_momentum__is_a_line_that_the_run_does_not_finish(msn_cfg, build, monkey
     [
         ("backbone.name", "resnet18", "backbone.name='resnet18' cannot train msn"),
         ("data.num_large_crops", 3, "augmentations give 3 large crops, but msn needs 2"),
+        ("sync_batchnorm", True, "devices=2 on CPUs cannot have sync_batchnorm=True"),
         ("method_kwargs.patch_drop", 1.0, "method_kwargs.patch_drop=1.0"),
         ("method_kwargs.schedule_stretch", 0.5, "method_kwargs.schedule_stretch=0.5"),
         ("method_kwargs.teacher_temperature", 0.1, "teacher_temperature=0.1"),
@@ -268,5 +287,6 @@ def test_config__impossible_value__is_named(msn_cfg, build, key, value, message)
     from omegaconf import OmegaConf
 
     OmegaConf.update(cfg, key, value, force_add=True)
+    cfg.devices = 2
     with pytest.raises(ValueError, match=message):
         build(cfg)
