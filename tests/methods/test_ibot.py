@@ -239,6 +239,25 @@ def test_normalizer__two_teacher_temperatures__two_concentrations(tiny_cfg, make
 # ---- masks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small"])
+def test_mask_token__stands_before_the_positions_in_the_hosts_own_vits(
+    tiny_cfg, make_crops, build, name
+):
+    module = build(tiny_cfg("ibot", **{"backbone.name": name, "backbone.kwargs.patch_size": 8}))
+    for parameter in (module.mask_token, module.backbone.pos_embed):
+        torch.nn.init.normal_(parameter)
+    masks, seen = torch.rand(8, 16) < 0.4, []
+    module.draw_masks = lambda images: masks
+    module.backbone.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    _, crops, _ = make_crops()
+    module.distillation_loss(crops)
+    patches = module.backbone.patch_embed.proj(torch.cat(crops[:2])).flatten(2).transpose(1, 2)
+    expected = torch.where(masks[..., None], module.mask_token, patches)
+    expected = expected + module.backbone.pos_embed[:, 1:]
+    torch.testing.assert_close(seen[0][:, 1:], expected)
+    assert [len(x) for x in seen] == [8, 8]  # masked globals, whole local crops
+
+
 def test_masks__are_a_function_of_seed_epoch_batch_and_rank(tiny_cfg, build, monkeypatch):
     images, module = torch.zeros(8, 3, 224, 224), build(tiny_cfg("ibot"))
 
