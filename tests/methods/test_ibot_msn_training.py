@@ -61,6 +61,7 @@ def test_recipe__composes_and_holds_the_published_values(recipe):
     assert sum(a.num_crops for a in cfg.augmentations) == 12
     assert sum(a.num_crops for a in cfg.augmentations if a.crop_size == 224) == 2
     assert (kwargs.student_temperature, kwargs.final_weight_decay) == (0.1, 0.4)
+    assert (kwargs.proj_hidden_dim, kwargs.proj_output_dim) == (2048, 256)
     assert (cfg.optimizer.weight_decay, cfg.momentum.base_tau) == (0.04, 0.996)
     epochs = {("ibot", "s"): 800, ("ibot", "b"): 400, ("msn", "s"): 800, ("msn", "b"): 600}
     assert cfg.max_epochs == (epochs[family, size] if published else cfg.max_epochs)
@@ -79,6 +80,12 @@ def test_recipe__composes_and_holds_the_published_values(recipe):
         assert values == ((7.5e-4, 2e-6, 0.3) if size == "b" else (5e-4, 1e-6, 3.0))
         assert kwargs.freeze_last_layer == (3 if size == "b" else 1)
         assert kwargs.warmup_teacher_temperature_epochs == (50 if size == "b" else 30)
+        assert (kwargs.lambda1, kwargs.lambda2) == (1, 1)
+        assert (kwargs.pred_shape, kwargs.pred_start_epoch) == ("block", 0)
+        assert (kwargs.center_momentum, kwargs.patch_center_momentum) == (0.9, 0.9)
+        assert (cfg.scheduler.warmup_epochs, cfg.scheduler.warmup_start_lr) == (10, 0)
+        assert cfg.backbone.kwargs.drop_path_rate == 0.1
+        assert not kwargs.use_bn_in_head
     else:
         assert (scales[0], scales[-1]) == ((0.3, 1.0), (0.05, 0.3))
         assert kwargs.normalization == ("vmf" if vmf else "l2")
@@ -86,6 +93,16 @@ def test_recipe__composes_and_holds_the_published_values(recipe):
         assert kwargs.patch_drop == (0.3 if size == "b" else 0.15)
         assert (kwargs.teacher_temperature, kwargs.clip_grad) == (0.025, 3.0)
         assert (cfg.scheduler.warmup_epochs, cfg.backbone.kwargs.drop_path_rate) == (15, 0.0)
+        assert (kwargs.me_max_weight, kwargs.schedule_stretch) == (1, 1.25)
+        assert (kwargs.sinkhorn_iterations, cfg.scheduler.min_lr) == (3, 1e-6)
+        assert kwargs.use_bn_in_head
+        assert cfg.sync_batchnorm
+        for crop in cfg.augmentations:
+            assert crop.rrc.interpolation == "bilinear"
+            jitter = crop.color_jitter
+            assert (jitter.prob, jitter.brightness, jitter.contrast) == (0.8, 0.4, 0.4)
+            assert (jitter.saturation, jitter.hue, crop.gaussian_blur.prob) == (0.4, 0.1, 0.5)
+            assert (crop.grayscale.prob, crop.solarization.prob) == (0.2, 0)
     if published:
         total = cfg.optimizer.batch_size * len(cfg.devices) * cfg.num_nodes
         assert total == (512 if name == "ibot_vmf_vitb16" else 1024)

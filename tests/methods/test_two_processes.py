@@ -108,11 +108,18 @@ def test_fit__two_ddp_processes__equal_the_joined_batch(small_cfg, make_crops, b
             **overrides,
         },
     )
-    batches = [make_crops(small=1, seed=step) for step in range(2)]
-    if "ibot" in method:  # the first rank's images have no masked patch in the first step
-        batches[0][1][:2] = [torch.cat([-x[:2].abs(), x[2:]]) for x in batches[0][1][:2]]
-        assert not _content_masks(torch.cat([x[:2] for x in batches[0][1][:2]])).any()
-        assert _content_masks(batches[0][1][0]).any()
+    batches = [make_crops(small=1, seed=step) for step in range(3)]
+    if (
+        "ibot" in method
+    ):  # no masked patch on the first rank in the first step, none at all in the last
+        for step, images in ((0, 2), (2, 4)):
+            large = batches[step][1][:2]
+            for crop in large:
+                crop[:images] = -crop[:images].abs()
+            assert not any(_content_masks(crop[:images]).any() for crop in large)
+        counts = [int(_content_masks(batch[1][0]).sum()) for batch in batches]
+        assert counts[0] > 0 < counts[1]
+        assert counts[2] == 0
     module = build(cfg)
     start = copy.deepcopy(module.state_dict())
     first, second = ddp(_rank, OmegaConf.to_container(cfg), start, batches)
