@@ -233,3 +233,29 @@ def test_gpu__crops_of_the_cpu(folder: Path, multicrop: list[dict[str, Any]]) ->
         assert torch.equal(mine[2].cpu(), theirs[2])
         for a, b in zip(mine[1], theirs[1], strict=True):
             assert (a.cpu() - b).abs().mean() < 0.05
+
+
+@pytest.mark.gpu
+def test_gpu__evaluation_crops_of_the_cpu(folder: Path) -> None:
+    images = list_images(folder)
+    cpu, gpu = (DALIEvaluationLoader(images, batch_size=5, device=d) for d in ("cpu", "gpu"))
+    assert len(cpu) == len(gpu) == 5
+    for (a, b), (c, d) in zip(gpu, cpu, strict=True):
+        assert a.is_cuda
+        assert torch.equal(b.cpu(), d)
+        assert (a.cpu() - c).abs().mean() < 0.05
+
+
+@pytest.mark.gpu
+def test_gpu__batches_stay_as_they_were_handed_out(
+    folder: Path, multicrop: list[dict[str, Any]]
+) -> None:
+    """DALI must not write a later batch into the memory of an earlier one."""
+    loader = DALILoader(list_images(folder), parse_recipe(multicrop), EpochPlan(22, 4))
+    kept, copies = [], []
+    for _, crops, _ in loader:
+        kept.append(crops)
+        copies.append([crop.clone() for crop in crops])
+    torch.cuda.synchronize()
+    for crops, then in zip(kept, copies, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(crops, then, strict=True))
