@@ -91,7 +91,7 @@ class IBOT(DINOMultiCrop):
 
     Differs from upstream: the head is always shared (the published runs' choice); masks are drawn on the
     device, per batch, from (seed, epoch, batch, rank); only masked patches have logits. With
-    ``use_bn_in_head`` the statistics of the student are those of CLS tokens and *masked* patches.
+    ``use_bn_in_head`` (no published run) CLS tokens and patches have statistics of their own.
     """
 
     settings_class = IBOTSettings
@@ -140,11 +140,10 @@ class IBOT(DINOMultiCrop):
         """Teacher's CLS features ``(N, D)``, and embeddings of CLS ``(N, p)`` and patches ``(N * P, p)``."""
         tokens = backbones.forward_tokens(self.momentum_backbone, images)
         features, patches = tokens[:, 0], self.patch_tokens(tokens, images).flatten(0, 1)
-        rows = torch.cat([features, patches])
-        # BatchNorm needs all rows together; otherwise the wide hidden layers are made piece by piece
-        size = len(rows) if self.settings.use_bn_in_head else _HEAD_ROWS
-        embeddings = torch.cat([self.momentum_head(chunk) for chunk in rows.split(size)])
-        return features, embeddings[: len(images)], embeddings[len(images) :]
+        # BatchNorm needs all patches together; otherwise the wide hidden layers are made piece by piece
+        size = len(patches) if self.settings.use_bn_in_head else _HEAD_ROWS
+        embeddings = torch.cat([self.momentum_head(chunk) for chunk in patches.split(size)])
+        return features, self.momentum_head(features), embeddings
 
     def patch_tokens(self, tokens: Tensor, images: Tensor) -> Tensor:
         """The patches ``(N, P, D)`` among all tokens: without CLS and registers."""
@@ -156,17 +155,20 @@ class IBOT(DINOMultiCrop):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Student's CLS features of the globals ``(N, D)``, CLS embeddings of all crops, of masked patches.
 
-        The masked globals are one forward, the local crops one per size, the head one for all rows.
+        The masked globals are one forward, the local crops one per size, the head one for all rows; with
+        BatchNorm it is one for CLS tokens and one for all patches, as in the teacher.
         """
         tokens = backbones.forward_tokens(
             self.backbone, images, masks=masks, mask_token=self.mask_token
         )
         features = tokens[:, 0]
-        cls_rows = [features, *forward_by_size(self.student_features, local_crops)]
-        patches = self.patch_tokens(tokens, images)[masks]
-        embeddings = self.head(torch.cat([*cls_rows, patches]))
-        cls, masked = embeddings.split([len(embeddings) - len(patches), len(patches)])
-        return features, cls, masked
+        cls = torch.cat([features, *forward_by_size(self.student_features, local_crops)])
+        patches = self.patch_tokens(tokens, images)
+        if self.settings.use_bn_in_head:
+            masked = self.head(patches.flatten(0, 1))[masks.flatten()]
+            return features, self.head(cls), masked
+        embeddings = self.head(torch.cat([cls, patches[masks]]))
+        return features, embeddings[: len(cls)], embeddings[len(cls) :]
 
     def distillation_loss(self, crops: list[Tensor]) -> DistillationOutput:
         """``lambda1`` times DINO's loss on CLS plus ``lambda2`` times the masked-image loss."""

@@ -227,6 +227,28 @@ def test_loss__first_step__vmf_equals_none_up_to_the_centring(tiny_cfg, make_cro
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_batch_norm__cls_and_patches_apart_alike_in_student_and_teacher(
+    tiny_cfg, make_crops, build
+):
+    """At the start both networks are the same: on whole images they must give the same."""
+    overrides = {**PLAIN, "method_kwargs.use_bn_in_head": True, "data.num_small_crops": 0}
+    module = build(tiny_cfg("ibot_vmf", **overrides, **{"backbone.kwargs.patch_size": 8}))
+    images = torch.cat(make_crops()[1][:2])
+    _, cls, patches = module.teacher_tokens(images)
+    masks = torch.zeros(8, 16, dtype=torch.bool)
+    _, student_cls, masked = module.student_embeddings(images, masks, [])
+    torch.testing.assert_close(student_cls, cls)
+    assert masked.shape == (0, 8)
+    with torch.no_grad():  # a mask that changes nothing but what is looked at
+        tokens = backbones.forward_tokens(module.backbone, images)
+        expected = module.head(tokens[:, 1:].flatten(0, 1))
+    torch.testing.assert_close(patches, expected)
+    masks[::3, 5] = True
+    _, student_cls, masked = module.student_embeddings(images, masks, [])
+    assert masked.shape == (3, 8)
+    assert not torch.allclose(student_cls, cls)
+
+
 def test_normalizer__two_teacher_temperatures__two_concentrations(tiny_cfg, make_crops, build):
     module = build(tiny_cfg("ibot_vmf", **PLAIN))
     asked, layer = [], module.momentum_head.last_layer

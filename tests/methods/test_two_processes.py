@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 SINKHORN = {"method_kwargs.centering": "sinkhorn"}
+BATCHNORM = {"method_kwargs.use_bn_in_head": True}
 CASES = {
     "dino_multicrop": ("dino_multicrop", {}),
     "dino_vmf": ("dino_vmf", {}),
@@ -20,9 +21,10 @@ CASES = {
     "ibot": ("ibot", {}),
     "ibot_vmf": ("ibot_vmf", {}),
     "ibot_vmf-sinkhorn": ("ibot_vmf", SINKHORN),
+    "ibot_vmf-batchnorm": ("ibot_vmf", BATCHNORM),
     "msn": ("msn", {}),
     "msn_vmf": ("msn_vmf", {}),
-    "msn_vmf-batchnorm": ("msn_vmf", {"method_kwargs.use_bn_in_head": True}),
+    "msn_vmf-batchnorm": ("msn_vmf", BATCHNORM),
 }
 
 
