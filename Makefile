@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # a checkout of solo-learn main to test against instead of the PyPI release
 HOST ?=
-# demo
+# demo: methods besides DINO and DINO-vMF, e.g. METHODS="ibot_vmf msn"
 METHODS ?=
 OUT ?= demo
 
@@ -12,6 +12,11 @@ OUT ?= demo
 TORCH := torch==2.14.1 torchvision==0.29.1
 # Pinned by hand: their own pins (torch 1.9, pytorch-lightning) cannot be installed beside today's packages.
 NO_DEPS := solo-learn==1.0.2 lightly==1.6.0 lightly-utils==0.0.2 elpv-dataset==1.0.0.post1 animal-mnist==0.4
+
+comma := ,
+space := $(subst ,, )
+BOTH := dino_multicrop dino_vmf
+CHOSEN := $(if $(METHODS),$(BOTH) $(filter-out $(BOTH),$(METHODS)))
 
 # Numeric libraries of several test processes on few cores slow each other down.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=$(HOST)
@@ -43,7 +48,7 @@ types: install
 check: lint types test
 
 demo: install
-	$(BIN)/python scripts/demo.py output_dir=$(OUT) $(if $(METHODS),"methods=[dino_multicrop,dino_vmf,$(shell echo $(METHODS) | tr ' ' ',')]")
+	$(BIN)/python scripts/demo.py output_dir=$(OUT) $(if $(CHOSEN),"methods=[$(subst $(space),$(comma),$(strip $(CHOSEN)))]")
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import fnmatch
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -83,3 +84,18 @@ def test_wheel__contains_configs_scripts_and_hydra_plugin(tmp_path):
     ):
         assert name in names
     assert "hydra_plugins/__init__.py" not in names
+
+
+@pytest.mark.parametrize(
+    ("methods", "override"),
+    [
+        ("", []),
+        ("ibot_vmf msn", ["methods=[dino_multicrop,dino_vmf,ibot_vmf,msn]"]),
+        (" dino_vmf  ibot ", ["methods=[dino_multicrop,dino_vmf,ibot]"]),
+    ],
+)
+def test_make_demo__adds_methods(methods, override):
+    command = ["make", "-n", "-o", "install", "demo", "OUT=out", f"METHODS={methods}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert words[1:] == ["scripts/demo.py", "output_dir=out", *override]
