@@ -1,4 +1,4 @@
-"""Measure this project: ``python scripts/benchmark.py loss|data|step|memory [key=value ...]``."""
+"""Measure this project: ``python scripts/benchmark.py loss|data|step|memory|knn [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 
-TOPICS = ("loss", "data", "step", "memory")
+TOPICS = ("loss", "data", "step", "memory", "knn")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 A block of queries walks over the bank in chunks. Each chunk's similarities are thinned twice before
 anything is sorted: groups of ``_GROUP`` neighbours whose maximum does not beat a query's current k-th
 similarity are dropped whole, and of the rest only entries that beat it enter the query's reservoir.
-The cost is the matrix product plus a few per cent; nothing of size queries x bank is ever kept.
+The cost is the matrix product plus some per cent; nothing of size queries x bank is ever kept.
 """
 
 from __future__ import annotations
@@ -16,26 +16,43 @@ from tqdm import tqdm
 __all__ = ["nearest_neighbours"]
 
 _GROUP = 8
+_FIRST = 4  # chunks in the first step: the better the first threshold, the less is ever looked at
+
+
+def _grouped(similarity: Tensor, least: int = 1) -> Tensor:
+    """``(rows, queries)`` as ``(groups, members, queries)``, at least ``least`` groups."""
+    rows, queries = similarity.shape
+    members = _GROUP if rows % _GROUP == 0 and rows // _GROUP >= least else 1
+    return similarity.view(-1, members, queries)
 
 
 class _Reservoir:
-    """Candidates of a block of queries: at least the best ``k`` seen so far, in no order."""
+    """Candidates of a block of queries: at least the best ``k`` seen so far, in no order.
 
-    def __init__(self, similarity: Tensor, k: int) -> None:
-        """Starts from the first chunk's ``similarity (chunk, queries)``, ``chunk >= k``."""
-        chunk, queries = similarity.shape
-        # an append brings at most one chunk, and compaction keeps the fill at or below self.room
-        self.k, self.room = k, k + chunk
-        self.values = similarity.new_full((queries, k + 2 * chunk), -torch.inf)
-        self.ids = torch.zeros_like(self.values, dtype=torch.int64)
-        self.fill = torch.full((queries,), k, device=similarity.device)
-        best = similarity.T.contiguous().topk(k, dim=1, sorted=False)
-        self.values[:, :k], self.ids[:, :k] = best.values, best.indices
-        self.threshold = best.values.amin(dim=1)
+    Args:
+        values: ``(queries, k)`` best similarities of the first rows, descending.
+        ids: ``(queries, k)`` their bank indices.
+        rows: of the bank per append, at most.
+    """
+
+    def __init__(self, values: Tensor, ids: Tensor, rows: int) -> None:
+        queries, self.k = values.shape
+        # compaction leaves k entries, and an append brings at most one per row;
+        # what is not filled yet stays untouched memory, which costs nothing
+        self.values = values.new_empty((queries, 2 * self.k + rows))
+        self.ids = ids.new_empty(self.values.shape)
+        self._keep(values, ids)
+
+    def _keep(self, values: Tensor, ids: Tensor) -> None:
+        self.values[:, : self.k], self.ids[:, : self.k] = values, ids
+        self.fill = torch.full_like(ids[:, 0], self.k)
+        self.threshold = values[:, -1].contiguous()
 
     def append(self, rows: Tensor, values: Tensor, ids: Tensor) -> None:
         """Adds ``values[i]`` to query ``rows[i]``; any number per query up to one chunk."""
         counts = torch.bincount(rows, minlength=len(self.fill))
+        if int((self.fill + counts).max()) > 2 * self.k:
+            self._keep(*self.best())
         order = rows.argsort(stable=True)
         rows = rows[order]
         first = counts.cumsum(0) - counts
@@ -43,37 +60,47 @@ class _Reservoir:
         self.values[rows, position] = values[order]
         self.ids[rows, position] = ids[order]
         self.fill += counts
-        if int(self.fill.max()) > min(self.room, 3 * self.k):
-            best = self.best()
-            self.values[:, self.k : int(self.fill.max())] = -torch.inf
-            self.values[:, : self.k], self.ids[:, : self.k] = best
-            self.fill.fill_(self.k)
-            self.threshold = best[0][:, -1].contiguous()
 
     def best(self) -> tuple[Tensor, Tensor]:
         """Values and bank indices of the best ``k``, ``(queries, k)`` each, descending."""
         width = int(self.fill.max())
-        values, order = self.values[:, :width].topk(self.k, dim=1)
+        unfilled = torch.arange(width, device=self.fill.device) >= self.fill[:, None]
+        values = self.values[:, :width].masked_fill(unfilled, -torch.inf)
+        values, order = values.topk(self.k, dim=1)
         return values, self.ids[:, :width].gather(1, order)
+
+
+def _best_of(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of every column of ``(rows, queries)`` and their rows, ``(queries, k)`` each."""
+    groups = _grouped(similarity, k)
+    # an entry outside the k groups with the largest maxima has k better ones inside
+    group = groups.amax(dim=1).T.contiguous().topk(k, dim=1, sorted=False).indices
+    columns = torch.arange(len(group), device=group.device)
+    values = groups[group, :, columns[:, None]].flatten(1)
+    members = torch.arange(groups.shape[1], device=group.device)
+    rows = (group[..., None] * groups.shape[1] + members).flatten(1)
+    best, order = values.topk(k, dim=1)
+    return best, rows.gather(1, order)
 
 
 def _search_block(queries: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
     """Unit float32 ``queries (Q, D)`` against the raw ``bank (N, D)``."""
-    reservoir: _Reservoir | None = None
-    for start in range(0, len(bank), chunk):
-        part = bank[start : start + chunk].to(queries.device)
+
+    def similarity(start: int, rows: int) -> Tensor:
+        part = bank[start : start + rows].to(queries.device)
         # (bank, queries) and not its transpose: group maxima then run along contiguous memory
-        similarity = F.normalize(part.float(), dim=1) @ queries.T
-        if reservoir is None:
-            reservoir = _Reservoir(similarity, k)
-            continue
-        group = _GROUP if len(part) % _GROUP == 0 else 1
-        blocks = similarity.view(-1, group, len(queries))
-        block_ids, columns = (blocks.amax(dim=1) > reservoir.threshold).nonzero(as_tuple=True)
-        values = blocks[block_ids, :, columns]
-        hit, offset = (values > reservoir.threshold[columns, None]).nonzero(as_tuple=True)
-        reservoir.append(columns[hit], values[hit, offset], block_ids[hit] * group + offset + start)
-    assert reservoir is not None  # the bank holds at least k >= 1 rows
+        return F.normalize(part.float(), dim=1) @ queries.T
+
+    seen = max(_FIRST * chunk, k)
+    reservoir = _Reservoir(*_best_of(similarity(0, seen), k), rows=chunk)
+    for start in range(seen, len(bank), chunk):
+        groups = _grouped(similarity(start, chunk))
+        # what only equals the k-th best is not needed: k are held
+        group, column = (groups.amax(dim=1) > reservoir.threshold).nonzero(as_tuple=True)
+        values = groups[group, :, column]
+        hit, member = (values > reservoir.threshold[column, None]).nonzero(as_tuple=True)
+        ids = group[hit] * groups.shape[1] + member + start
+        reservoir.append(column[hit], values[hit, member], ids)
     return reservoir.best()
 
 
@@ -95,8 +122,9 @@ def nearest_neighbours(
         queries: ``(Q, D)`` features.
         k: neighbours per query, at most ``N``.
         chunk: bank rows per step.
-        query_chunk: queries per block; peak memory besides the inputs is about
-            ``query_chunk * (k + 3 * chunk) * 12`` bytes.
+        query_chunk: queries per block; peak memory besides inputs and results is about
+            ``query_chunk * (24 * chunk + 100 * k)`` bytes and two float32 copies of ``4 * chunk`` rows
+            of the bank, whatever ``N`` and ``Q`` are.
         progress: show a progress bar with the rate in queries.
 
     Returns:
@@ -125,6 +153,6 @@ def nearest_neighbours(
         for start in range(0, len(queries), query_chunk):
             rows = slice(start, start + query_chunk)
             block = F.normalize(queries[rows].float(), dim=1)
-            similarities[rows], indices[rows] = _search_block(block, bank, k, max(chunk, k))
+            similarities[rows], indices[rows] = _search_block(block, bank, k, chunk)
             bar.update(len(block))
     return similarities, indices

@@ -3,6 +3,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
+from dinovmf_plugin.benchmarks.harness import peak_growth
 from dinovmf_plugin.evaluation.neighbours import nearest_neighbours
 
 
@@ -15,7 +16,7 @@ def _random(rows, seed, dim=16):
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-@pytest.mark.parametrize("chunk", [16, 37, 64, 1000])
+@pytest.mark.parametrize("chunk", [4, 16, 37, 64, 1000])
 @pytest.mark.parametrize("query_chunk", [5, 64])
 @pytest.mark.parametrize("k", [1, 7, 20])
 def test_equals_a_full_sort(chunk, query_chunk, k):
@@ -54,6 +55,23 @@ def test_duplicates_and_zero_rows_are_harmless():
     assert values[0].tolist() == pytest.approx([1.0] * 40 + [0.0] * 3 + [-1.0] * 2)
     assert set(ids[0, :40].tolist()) == set(range(3, 43))
     assert set(ids[0, 40:43].tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("kind", ["spread out", "collapsed"])
+def test_memory_depends_on_the_chunks_only(kind):
+    """All similarities at once would be 1 GB; a collapsed network's are all equal."""
+    bank, queries = _random(65536, 7), _random(4096, 8)
+    if kind == "collapsed":
+        bank, queries = torch.ones_like(bank), torch.ones_like(queries)
+    found = []
+    peak = peak_growth(
+        lambda: found.append(nearest_neighbours(bank, queries, 10, chunk=1024, query_chunk=256))
+    )
+    assert peak < 50e6
+    values, ids = found[0]
+    assert values.shape == ids.shape == (4096, 10)
+    assert values.max() <= 1 + 1e-6
+    assert all(len(set(row.tolist())) == 10 for row in ids[::512])
 
 
 def test_half_precision_bank_and_whole_bank():

@@ -1,0 +1,95 @@
+"""What a benchmark needs besides its candidates: arguments, the machine, peak memory, the report."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["machine", "parse_arguments", "peak_growth", "write_report"]
+
+
+def parse_arguments(argv: list[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``key=value`` arguments over ``defaults``, with the types of those.
+
+    Raises:
+        ValueError: for an argument that is no ``key=value``, an unknown key or a value of another type.
+        FileExistsError: if ``output`` names an existing file.
+
+    Example:
+        >>> parse_arguments(["k=20"], {"k": 200, "output": ""})
+        {'k': 20, 'output': ''}
+    """
+    settings = dict(defaults)
+    for argument in argv:
+        key, separator, value = argument.removeprefix("--").partition("=")
+        if not separator or key not in defaults:
+            raise ValueError(
+                f"argument {argument!r} is unknown: write key=value with one of {', '.join(defaults)}"
+            )
+        kind = type(defaults[key])
+        try:
+            settings[key] = kind(value)
+        except ValueError:
+            raise ValueError(f"{key}={value!r} is not of type {kind.__name__}") from None
+    if settings["output"] and Path(settings["output"]).exists():
+        raise FileExistsError(
+            f"output={settings['output']} exists: remove it or choose another name"
+        )
+    return settings
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, load and library versions, as the reports record them."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x.split(":", 1)[1] for x in info.read_text().splitlines() if "model name" in x]
+        cpu = names[0].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _status(key: str) -> int:
+    """A memory figure of this process in bytes, from /proc/self/status (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}: peak memory can be measured on Linux only")
+
+
+def peak_growth(run: Callable[[], object]) -> int:
+    """Bytes by which this process's resident set grows, at most, while ``run`` runs.
+
+    The kernel's peak counter is reset first (/proc/self/clear_refs), so that what was resident before
+    does not hide the growth. Libraries that ``run`` would load should be loaded before.
+    """
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def write_report(topic: str, argv: list[str], report: Mapping[str, Any], output: str) -> None:
+    """Write ``report`` with the command that made it as indented JSON, if ``output`` names a file."""
+    if output:
+        kept = [argument for argument in argv if not argument.startswith("output=")]
+        command = shlex.join(["python", "scripts/benchmark.py", topic, *kept])
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps({"command": command, **report}, indent=2) + "\n")
+        print(f"written to {output}")

@@ -1,0 +1,243 @@
+"""The whole kNN evaluation beside faiss's flat index used for the same job.
+
+The job begins with raw features, as a backbone gives them, and ends with top-1 and top-5 for every k of
+the sweep. Both candidates get the same tensors in the same process and take turns; each one's peak
+extra memory is measured in a fresh process.
+
+    ours   evaluation.knn.knn_accuracy
+    faiss  blocks normalised, added to an IndexFlatIP (faiss-cpu) and searched for the largest k; the
+           vote is ours. ``build`` and ``search`` are its two parts.
+
+The bank is sorted by class, as image folders are listed.
+
+    python scripts/benchmark.py knn shapes=200000x384,1280000x768 output=results/benchmark_knn.json
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, peak_growth, write_report
+from dinovmf_plugin.evaluation.knn import knn_accuracy, vote_ranks
+
+__all__ = ["CANDIDATES", "DEFAULTS", "Workload", "main", "measure", "peak_memory"]
+
+CANDIDATES = ("ours", "faiss")
+DEFAULTS: dict[str, Any] = {
+    "shapes": "200000x384,1280000x768",  # bank rows x dimensions, comma-separated
+    "queries": 1000,
+    "ks": "10,20,100,200",
+    "classes": 1000,
+    "dtype": "float32",  # of the bank: float32 or float16
+    "repeats": 3,
+    "memory": 1,  # 0: times only
+    "candidates": ",".join(CANDIDATES),
+    "output": "",  # JSON file; written only if given, never over an existing one
+}
+_BLOCK = 65536
+_TEMPERATURE = 0.07
+Accuracy = dict[int, tuple[float, float]]
+
+
+class Workload:
+    """Raw features of classes that overlap, the bank sorted by class.
+
+    Args:
+        rows: of the bank.
+        dim: of every feature.
+        settings: the numbers of ``DEFAULTS``.
+    """
+
+    def __init__(self, rows: int, dim: int, settings: dict[str, Any]) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.classes: int = settings["classes"]
+        self.centers = torch.randn(self.classes, dim, generator=self.generator)
+        self.ks = [int(k) for k in settings["ks"].split(",")]
+        dtype: torch.dtype = getattr(torch, settings["dtype"])
+        self.bank_labels = self._labels(rows).sort().values
+        self.bank = self._features(self.bank_labels, dtype)
+        self.query_labels = self._labels(settings["queries"])
+        self.queries = self._features(self.query_labels, torch.float32)
+
+    def _labels(self, count: int) -> Tensor:
+        return torch.randint(self.classes, (count,), generator=self.generator)
+
+    def _features(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        features = torch.empty(len(labels), self.centers.shape[1], dtype=dtype)
+        spread = (
+            features.shape[1] ** 0.25
+        )  # overlap that is neither trivial nor hopeless at any size
+        for start in range(0, len(labels), _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            center = self.centers[labels[rows]]
+            features[rows] = center + spread * torch.randn(center.shape, generator=self.generator)
+        return features
+
+    def ours(self) -> tuple[Accuracy, dict[str, float]]:
+        """Accuracies, and no parts."""
+        labels = self.bank_labels, self.query_labels
+        inputs = self.bank, labels[0], self.queries, labels[1]
+        return knn_accuracy(*inputs, ks=self.ks, temperature=_TEMPERATURE), {}
+
+    def faiss(self) -> tuple[Accuracy, dict[str, float]]:
+        """Accuracies, and the seconds of faiss's two parts."""
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        started = time.perf_counter()
+        index = faiss.IndexFlatIP(self.bank.shape[1])
+        for block in self.bank.split(_BLOCK):
+            unit = block.float().numpy().copy()
+            faiss.normalize_L2(unit)
+            index.add(unit)
+        built = time.perf_counter()
+        queries = self.queries.numpy().copy()
+        faiss.normalize_L2(queries)
+        found, ids = index.search(queries, max(self.ks))
+        parts = {"build": built - started, "search": time.perf_counter() - built}
+        ranks = vote_ranks(
+            torch.from_numpy(found),
+            self.bank_labels[torch.from_numpy(ids)],
+            self.query_labels,
+            self.classes,
+            ks=sorted(self.ks),
+            temperature=_TEMPERATURE,
+        )
+        accuracy = {
+            k: tuple(100 * float((rank < top).double().mean()) for top in (1, min(5, k)))
+            for k, rank in ranks.items()
+        }
+        return accuracy, parts  # type: ignore[return-value]
+
+    def run(self, name: str) -> tuple[Accuracy, dict[str, float]]:
+        """One whole evaluation by a candidate."""
+        return self.faiss() if name == "faiss" else self.ours()
+
+
+def measure(rows: int, dim: int, names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the candidates, taking turns.
+
+    Returns:
+        ``seconds`` (all) and ``median`` by candidate, ``parts`` (medians) of faiss, ``accuracy`` per k
+        and the largest ``difference`` between the candidates' accuracies, in points.
+    """
+    load = Workload(rows, dim, settings)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    parts: dict[str, list[float]] = {}
+    accuracy: dict[str, Accuracy] = {}
+    for _ in range(settings["repeats"]):
+        for name in names:
+            started = time.perf_counter()
+            accuracy[name], of_this = load.run(name)
+            seconds[name].append(time.perf_counter() - started)
+            for part, value in of_this.items():
+                parts.setdefault(part, []).append(value)
+    first = accuracy[names[0]]
+    apart = [
+        abs(a - b)
+        for found in accuracy.values()
+        for k in first
+        for a, b in zip(found[k], first[k], strict=True)
+    ]
+    return {
+        "seconds": seconds,
+        "median": {name: statistics.median(values) for name, values in seconds.items()},
+        "parts": {part: statistics.median(values) for part, values in parts.items()},
+        "accuracy": {f"k{k}": {"top1": top[0], "top5": top[1]} for k, top in first.items()},
+        "difference": max(apart),
+    }
+
+
+def peak_memory(rows: int, dim: int, name: str, settings: dict[str, Any]) -> int:
+    """Bytes by which this process grows, at most, in one evaluation; the features are there before."""
+    few = settings | {"ks": "1", "queries": 2, "classes": 2}
+    Workload(64, dim, few).run(name)  # brings in the libraries
+    load = Workload(rows, dim, settings)
+    return peak_growth(lambda: load.run(name))
+
+
+def _fresh_peak(rows: int, dim: int, name: str, settings: dict[str, Any]) -> float:
+    """``peak_memory`` in MB (1e6 bytes), in a process that did nothing else."""
+    job = json.dumps([rows, dim, name, settings])
+    module = "dinovmf_plugin.benchmarks.knn"
+    code = f"import json, {module} as b; print(b.peak_memory(*json.loads({job!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory measurement of {name} failed:\n{done.stderr}")
+    return int(done.stdout.split()[-1]) / 1e6
+
+
+def _shapes(settings: dict[str, Any]) -> list[tuple[int, int]]:
+    pairs = [shape.split("x") for shape in settings["shapes"].split(",")]
+    if not all(len(p) == 2 and all(n.isdecimal() and int(n) > 0 for n in p) for p in pairs):
+        raise ValueError(
+            f"shapes={settings['shapes']!r} must be banks as ROWSxDIMENSIONS, such as 200000x384"
+        )
+    if settings["dtype"] not in ("float32", "float16"):
+        raise ValueError(f"dtype={settings['dtype']!r} must be float32 or float16")
+    if not all(k.isdecimal() and int(k) > 0 for k in settings["ks"].split(",")):
+        raise ValueError(f"ks={settings['ks']!r} must be numbers of neighbours, such as 10,20")
+    for key in ("queries", "classes", "repeats"):
+        if settings[key] < 1:
+            raise ValueError(f"{key}={settings[key]} must be at least 1")
+    return [(int(rows), int(dim)) for rows, dim in pairs]
+
+
+def _candidates(settings: dict[str, Any]) -> list[str]:
+    names: list[str] = settings["candidates"].split(",")
+    for name in names:
+        if name not in CANDIDATES:
+            raise ValueError(f"candidates={name!r} is unknown: choose from {', '.join(CANDIDATES)}")
+    if "faiss" in names and importlib.util.find_spec("faiss") is None:
+        print("faiss is not installed: left out (pip install faiss-cpu, to compare with it)")
+        names = [name for name in names if name != "faiss"] or ["ours"]
+    return names
+
+
+def main(argv: list[str]) -> None:
+    """Print times, ratios and peak memory; write them as JSON if ``output=`` is given.
+
+    Args:
+        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+
+    Raises:
+        ValueError: for an unknown key or value.
+        FileExistsError: if the output exists already.
+    """
+    settings = parse_arguments(argv, DEFAULTS)
+    shapes, names = _shapes(settings), _candidates(settings)
+    about = machine() | ({"faiss-cpu": version("faiss-cpu")} if "faiss" in names else {})
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    results = []
+    for rows, dim in shapes:
+        row: dict[str, Any] = {"bank": [rows, dim], **measure(rows, dim, names, settings)}
+        row["seconds_per_1000_queries"] = {
+            name: 1000 * value / settings["queries"] for name, value in row["median"].items()
+        }
+        row["peak_mb"] = {
+            name: _fresh_peak(rows, dim, name, settings) for name in names if settings["memory"]
+        }
+        print(f"\nbank {rows} x {dim} {settings['dtype']}, {settings['queries']} queries")
+        for name, median in row["median"].items():
+            peak = f", peak {row['peak_mb'][name]:.0f} MB" if row["peak_mb"] else ""
+            print(f"  {name:6s}{median:8.2f} s{peak}")
+        if set(names) == set(CANDIDATES):
+            ours, theirs = row["median"]["ours"], row["median"]["faiss"]
+            row["ratio"] = {"faiss": theirs / ours, "search": row["parts"]["search"] / ours}
+            print(
+                f"  faiss takes {row['ratio']['faiss']:.2f} times as long, its search alone "
+                f"{row['ratio']['search']:.2f}; accuracies differ by {row['difference']:.3f} points"
+            )
+        results.append(row)
+    report = {"machine": about, "settings": settings | {"output": ""}, "results": results}
+    write_report("knn", argv, report, settings["output"])
