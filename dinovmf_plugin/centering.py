@@ -9,6 +9,7 @@ official code does; with gradient accumulation every micro-batch updates it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import ClassVar, Literal, get_args
@@ -54,10 +55,16 @@ def log_mean_probability(logits: Tensor | Iterable[Tensor]) -> Tensor:
     """
     parts, rows = [], 0
     for chunk in [logits] if isinstance(logits, Tensor) else logits:
-        log_p = torch.log_softmax(chunk.float(), dim=-1)
-        parts.append(log_p.logsumexp(dim=0, keepdim=True) if len(log_p) else log_p)
-        rows += len(log_p)
+        parts.append(_log_sum_probability(chunk))
+        rows += len(chunk)
+        del chunk  # before the next one is made
     return distributed.logsumexp_over_ranks(torch.cat(parts)) - math.log(distributed.total(rows))
+
+
+def _log_sum_probability(logits: Tensor) -> Tensor:
+    """``log sum_b softmax(l_b)`` over these rows, ``(1, K)``; ``(0, K)`` without rows."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    return log_p.logsumexp(dim=0, keepdim=True) if len(log_p) else log_p
 
 
 class Centering(nn.Module):
@@ -137,7 +144,7 @@ class Centering(nn.Module):
 
 
 def _logits(scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
-    logits = scores / temperature
+    logits = scores.float() / temperature
     return logits if bias is None else logits.add_(bias)
 
 
@@ -209,7 +216,9 @@ class ProbabilityCentering(Centering):
     def _batch_center(
         self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
     ) -> Tensor:
-        return log_mean_probability(_logits(scores.float(), temperature, bias) for scores in chunks)
+        # map, as a generator expression would hold on to a chunk's scores while its logits are used
+        make = functools.partial(_logits, temperature=temperature, bias=bias)
+        return log_mean_probability(map(make, chunks))
 
 
 def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:

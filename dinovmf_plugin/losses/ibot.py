@@ -14,8 +14,8 @@ from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["ibot_patch_loss", "masked_token_weights", "patch_targets", "update_patch_center"]
 
-# Scores of one chunk of patches. 2**23 float32 are 32 MiB: from this size on, glibc gives every block back;
-# with smaller ones its heap fragments, and sometimes grows by all the scores together.
+# Least scores of one chunk of patches. 2**23 float32 are 32 MiB: from this size on, glibc gives every block
+# back; with smaller ones its heap fragments, and sometimes grows by all the scores together.
 _CHUNK_NUMBERS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
@@ -88,8 +88,8 @@ def ibot_patch_loss(
 
 def _chunks(prototypes: Prototypes, embeddings: Tensor) -> Iterator[Tensor]:
     numbers = _CHUNK_NUMBERS.get(embeddings.device.type, _CHUNK_NUMBERS["cuda"])
-    rows = max(numbers // prototypes.num_prototypes, 1)
-    return (prototypes.scores(chunk) for chunk in embeddings.split(rows))
+    pieces = max(len(embeddings) * prototypes.num_prototypes // numbers, 1)
+    return map(prototypes.scores, embeddings.tensor_split(pieces))
 
 
 @torch.no_grad()
