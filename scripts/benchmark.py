@@ -1,4 +1,4 @@
-"""Measure this project: ``python scripts/benchmark.py loss|data|step|memory|knn [key=value ...]``."""
+"""Measure this project: ``scripts/benchmark.py TOPIC [key=value ...]``; see ``TOPICS``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 
-TOPICS = ("loss", "data", "step", "memory", "knn")
+TOPICS = ("loss", "data", "feed", "step", "memory", "knn", "transfer")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -130,7 +130,9 @@ def peak_memory(name: str, settings: dict[str, Any], batch: int, half: bool) -> 
 
 
 def _fresh_peak(name: str, settings: dict[str, Any], batch: int, half: bool) -> float:
-    """``peak_memory`` in MB (1e6 bytes), in a process that did nothing else."""
+    """``peak_memory`` in MB (1e6 bytes), on a CPU in a process that did nothing else."""
+    if settings["device"] == "cuda":
+        return peak_memory(name, settings, batch, half) / 1e6
     job = json.dumps([name, settings, batch, half])
     module = "dinovmf_plugin.benchmarks.loss"
     code = f"import json, {module} as b; print(b.peak_memory(*json.loads({job!r})))"

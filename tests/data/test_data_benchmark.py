@@ -8,10 +8,11 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="needs nvidia-dali")
 
 from dinovmf_plugin.benchmarks import data as benchmark
+from dinovmf_plugin.benchmarks.photos import write_photos
 
 
 def test_generated_photos_weigh_what_photos_weigh(tmp_path: Path) -> None:
-    benchmark.write_photos(tmp_path, 3)
+    write_photos(tmp_path, 3)
     sizes = [Image.open(path).size for path in sorted(tmp_path.iterdir())]
     assert sizes == [(500, 375), (500, 375), (375, 500)]
     assert all(80_000 < path.stat().st_size < 150_000 for path in tmp_path.iterdir())
@@ -36,7 +37,7 @@ def test_main__ratio_of_one_run(tmp_path: Path, folder: Path, capsys: Any) -> No
     assert result["ratio"] == pytest.approx(sum(ratios) / 2)
     assert report["settings"]["batch"] == 4
     assert "dali / torchvision" in capsys.readouterr().out
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="remove it or choose another name"):
         benchmark.main(arguments)
 
 
