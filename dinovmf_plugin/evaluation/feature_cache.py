@@ -70,6 +70,7 @@ def save_feature_file(
     try:
         tensors = {"features": stored.contiguous(), "labels": labels.contiguous()}
         save_file(tensors, unfinished, metadata)
+        os.chmod(unfinished, 0o644)  # safetensors' 0600 would shut out other users of the cache
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 
 from dinovmf_plugin.analysis.figures import themed
 from dinovmf_plugin.analysis.report import Page, table
-from dinovmf_plugin.evaluation.paper import PaperRow, paper_rows
+from dinovmf_plugin.evaluation.paper import TABLE_5, PaperRow, paper_rows
 
 __all__ = ["evaluation_page", "text_table"]
 
-PAPER_LABEL = "paper (ImageNet)"
 Rows = list[list[object]]
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -30,8 +29,13 @@ def _spread(mean: float | None, std: float | None) -> str | None:
     return f"{mean:.2f}" if not std else f"{mean:.2f} ± {std:.2f}"
 
 
-def _paper_name(row: PaperRow) -> str:
-    return f"{row.method} {row.architecture}, {PAPER_LABEL}"
+def _paper_name(row: PaperRow, data: str = "ImageNet") -> str:
+    return f"{row.method} {row.architecture}, paper ({data})"
+
+
+def _feature_name(feature: str) -> str:
+    """With the paper's letter, where it has one."""
+    return {"cls": "[C] cls", "dino": "[D] dino"}.get(feature, feature)
 
 
 def _ks(result: Mapping[str, Any]) -> list[str]:
@@ -52,30 +56,37 @@ def _knn_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[
 
 
 def _linear_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[str], Rows]:
-    header = ["linear top-1 (%)", "feature", "best on val", "lr", "epoch"]
-    header += ["last, official lr", "best last epoch", "chosen on held-out"]
+    features = list(dict.fromkeys(f for result in ours.values() for f in result["features"]))
+    rows: Rows = []
+    for name, result in ours.items():
+        found = (result["features"].get(feature) for feature in features)
+        rows.append([name, *(_percent(f["best"]["top1"]) if f else None for f in found)])
+    for row in paper:
+        known = {"cls": row.cls, "dino": row.dino}
+        rows.append([_paper_name(row), *(_percent(known.get(feature)) for feature in features)])
+    return ["linear top-1 (%), best on val", *map(_feature_name, features)], rows
+
+
+def _linear_details(ours: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    header = ["linear top-1 (%)", "feature", "best on val", "its lr", "its epoch"]
+    header += ["last, official lr", "last, best lr"]
+    every = [report for result in ours.values() for report in result["features"].values()]
+    held_out = any("chosen" in report for report in every)
     rows: Rows = []
     for name, result in ours.items():
         for feature, report in result["features"].items():
             best, last = report["best"], max(entry["top1"] for entry in report["last"])
             official = report.get("protocol_lr", {}).get("last", {}).get("top1")
-            rows.append(
-                [
-                    name,
-                    f"[{feature}] {report['dim']}",
-                    _percent(best["top1"]),
-                    f"{best['lr']:g}",
-                    best["epoch"],
-                    _percent(official),
-                    _percent(last),
-                    _percent(report.get("chosen", {}).get("top1")),
-                ]
-            )
-    for row in paper:
-        for feature, value in (("cls", row.cls), ("dino", row.dino)):
-            if value is not None:
-                rows.append([_paper_name(row), f"[{feature}]", _percent(value), *[None] * 5])
-    return header, rows
+            row = [
+                name,
+                f"{_feature_name(feature)}, {report['dim']}",
+                _percent(best["top1"]),
+                f"{best['lr']:g}",
+            ]
+            row += [best["epoch"], _percent(official), _percent(last)]
+            chosen = _percent(report.get("chosen", {}).get("top1"))
+            rows.append([*row, chosen] if held_out else row)
+    return [*header, "chosen on held-out"] if held_out else header, rows
 
 
 def _few_shot_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[str], Rows]:
@@ -85,7 +96,7 @@ def _few_shot_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[
         entries = (result["top1"][s] for s in settings)
         rows.append([name, *(_spread(entry["mean"], entry["std"]) for entry in entries)])
     for row in paper:
-        if row.few_shot:
+        if any(s in row.few_shot for s in settings):
             values = ((row.few_shot.get(s), row.few_shot_std.get(s)) for s in settings)
             rows.append([_paper_name(row), *(_spread(*pair) for pair in values)])
     return ["few-shot top-1 (%)", *settings], rows
@@ -99,22 +110,41 @@ def _transfer_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[
             values = [_percent(result["datasets"][d][metric]) for d in names]
             rows.append([f"{name}, {words}", *values, _percent(result["average"][metric])])
     for row in paper:
-        if row.transfer:
+        if any(d in row.transfer for d in names):
             values = [_percent(row.transfer.get(d)) for d in names]
-            average = _percent(row.transfer["average"]) if len(names) == 9 else None
-            rows.append([_paper_name(row), *values, average])
+            average = _percent(row.transfer["average"]) if set(names) == set(TABLE_5) else None
+            rows.append([_paper_name(row, "Table 5"), *values, average])
     return ["linear transfer (%)", *names, "average"], rows
+
+
+def _transfer_details(ours: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    header = ["linear transfer", "data set", "classes", "training images", "test images"]
+    header += ["chosen l2 strength", "cross-validated top-1 (%)", "fits cut short"]
+    rows: Rows = []
+    for name, result in ours.items():
+        for dataset, found in result["datasets"].items():
+            row = [found[key] for key in ("classes", "train_images", "test_images")]
+            cv = found["cv"]["top1"][found["cv"]["weight_decay"].index(found["weight_decay"])]
+            row += [f"{found['weight_decay']:.3g}", _percent(cv), found["unfinished_fits"]]
+            rows.append([name, dataset, *row])
+    return header, rows
 
 
 def _finetune_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[list[str], Rows]:
     rows: Rows = []
     for name, result in ours.items():
         best = result["best"]
-        rows.append([name, _percent(best["top1"]), f"{best['lr']:g}", best["epoch"]])
+        scores = (_percent(best[metric]) for metric in ("top1", "mean_per_class"))
+        rows.append([name, *scores, f"{best['lr']:g}", best["epoch"]])
+    dataset = next(iter(ours.values()))["settings"]["dataset"] or "imagenet"
     for row in paper:
-        if "imagenet" in row.finetune:
-            rows.append([_paper_name(row), _percent(row.finetune["imagenet"]), None, None])
-    return ["fine-tuned top-1 (%)", "best on val", "lr", "epoch"], rows
+        if dataset in row.finetune:
+            # Tables 14 and 15 give the mean per class for Aircraft only
+            value = _percent(row.finetune[dataset])
+            scores = iter((None, value) if dataset == "aircraft" else (value, None))
+            data = "ImageNet" if dataset == "imagenet" else dataset
+            rows.append([_paper_name(row, data), *scores, None, None])
+    return ["fine-tuned (%)", "best on val, top-1", "mean per class", "lr", "epoch"], rows
 
 
 ROWS: dict[str, Callable[[Mapping[str, Any], Sequence[PaperRow]], tuple[list[str], Rows]]] = {
@@ -123,6 +153,10 @@ ROWS: dict[str, Callable[[Mapping[str, Any], Sequence[PaperRow]], tuple[list[str
     "few_shot": _few_shot_rows,
     "transfer": _transfer_rows,
     "finetune": _finetune_rows,
+}
+DETAILS: dict[str, Callable[[Mapping[str, Any]], tuple[list[str], Rows]]] = {
+    "linear": _linear_details,
+    "transfer": _transfer_details,
 }
 TITLES = {
     "knn": "Nearest neighbours",
@@ -138,8 +172,15 @@ NOTES = {
     "by nobody; held-out training images, where there are some, choose without looking at the test.",
     "few_shot": "Mean and standard deviation over the splits of softmax regression on a few labelled images.",
     "transfer": "Softmax regression on raw features; the l2 strength was chosen by cross-validation on "
-    "the training set alone. The paper's table says accuracy; both metrics are shown.",
+    "the training set alone. The paper's table says accuracy; both metrics are shown. Fits are cut short "
+    "after transfer.max_iter iterations, as the original code does.",
     "finetune": "The whole network trained with labels. The best validation epoch is optimistic.",
+}
+
+
+DETAILS_NOTES = {
+    "linear": "What was chosen, and what the last epoch gives:",
+    "transfer": "What cross-validation chose:",
 }
 
 
@@ -166,8 +207,26 @@ def _linear_chart(ours: Mapping[str, Any]) -> Figure:
     for name, result in ours.items():
         for feature, report in result["features"].items():
             lrs = [entry["lr"] for entry in report["last"]]
-            axes.plot(lrs, [e["top1"] for e in report["last"]], "o-", label=f"{name} [{feature}]")
+            axes.plot(
+                lrs,
+                [e["top1"] for e in report["last"]],
+                "o-",
+                label=f"{name} {_feature_name(feature)}",
+            )
     axes.set_xscale("log")
+    axes.legend()
+    return figure
+
+
+def _few_shot_chart(ours: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes("labelled images", "top-1 accuracy (%)")
+    for i, (name, result) in enumerate(ours.items()):
+        entries = list(result["top1"].values())
+        means, spread = ([entry[key] for entry in entries] for key in ("mean", "std"))
+        places = [place + 0.1 * (i - (len(ours) - 1) / 2) for place in range(len(entries))]
+        axes.errorbar(places, means, spread, fmt="o", capsize=4, label=name)
+    settings = list(next(iter(ours.values()))["top1"])
+    axes.set_xticks(range(len(settings)), settings)
     axes.legend()
     return figure
 
@@ -185,6 +244,7 @@ def _transfer_chart(ours: Mapping[str, Any]) -> Figure:
 CHARTS: dict[str, tuple[Callable[[Mapping[str, Any]], Figure], str]] = {
     "knn": (_knn_chart, "Accuracy by the number of neighbours"),
     "linear": (_linear_chart, "Last epoch of every learning rate of the grid"),
+    "few_shot": (_few_shot_chart, "Mean and standard deviation over the splits"),
     "transfer": (_transfer_chart, "What cross-validation saw, for the network itself"),
 }
 
@@ -203,7 +263,14 @@ def text_table(results: Results, evaluation: str) -> str:
         DINO            50.00
         DINO, top-5     75.00
     """
-    header, rows = ROWS[evaluation](_by_network(results, evaluation), [])
+    ours = _by_network(results, evaluation)
+    tables = [_aligned(*ROWS[evaluation](ours, []))]
+    if evaluation in DETAILS:
+        tables.append(_aligned(*DETAILS[evaluation](ours)))
+    return "\n\n".join(tables)
+
+
+def _aligned(header: Sequence[str], rows: Rows) -> str:
     everything: Rows = [list(header), *rows]
     cells = [["-" if cell is None else str(cell) for cell in row] for row in everything]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -236,10 +303,13 @@ def evaluation_page(
             draw, caption = CHARTS[evaluation]
             page.charts((themed(lambda draw=draw, ours=ours: draw(ours)), caption))  # type: ignore[misc]
         page.raw(table(*ROWS[evaluation](ours, rows)))
+        if evaluation in DETAILS:
+            page.text(DETAILS_NOTES[evaluation])
+            page.raw(table(*DETAILS[evaluation](ours)))
     page.text(
-        f"Rows marked “{PAPER_LABEL}” are the paper's own numbers on ImageNet-1k (transfer: on the data "
-        "set named), not measured here. They compare only where data, resolution and schedule are the "
-        "paper's.",
+        "Rows marked “paper” are the paper's own numbers, on the data in brackets (Table 5: on the data "
+        "sets named above them), not measured here. They compare only where data, resolution and schedule "
+        "are the paper's.",
         note=True,
     )
     page.details("Checkpoint, settings and versions", json.dumps(record, indent=2, default=str))

@@ -14,6 +14,7 @@ from timm.models import VisionTransformer
 from torchvision import transforms
 
 from dinovmf_plugin.evaluation.backbone import load_evaluated, method_label, untrained_like
+from dinovmf_plugin.evaluation.features import backbone_features
 from dinovmf_plugin.evaluation.few_shot import few_shot_accuracy
 from dinovmf_plugin.evaluation.images import image_folder, loader_for
 from dinovmf_plugin.evaluation.knn import knn_accuracy
@@ -113,8 +114,17 @@ def test_all_four_in_one_report(compose, run_overrides, folders, vit_file, tmp_p
     assert written["seconds"] > 0
 
     page = (tmp_path / "out" / "results.html").read_text()
-    for text in ("paper (ImageNet)", "78.66", "72.30", "prefers-color-scheme: dark", "untrained"):
+    # 80.20 and 80.27: [C] and [D] of iBOT-vMF
+    for text in (
+        "78.66",
+        "<td>80.20</td><td>80.27</td>",
+        "68.30 ± 0.30</td><td>72.30",
+        "untrained",
+    ):
         assert text in page
+    assert "iBOT-vMF ViT-Base/16, paper (ImageNet)" in page
+    assert "Table 5)" not in page  # none of the paper's data sets is here
+    assert "prefers-color-scheme: dark" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
 
 
@@ -163,7 +173,9 @@ def test_a_feature_file_of_another_backbone_is_refused(compose, run_overrides, t
         evaluate_one(compose("knn", *overrides), "knn")
 
 
-def test_linear_without_augmentation_and_with_held_out_images(compose, run_overrides, tmp_path):
+def test_linear_without_augmentation_and_with_held_out_images(
+    compose, run_overrides, tmp_path, monkeypatch
+):
     small = [
         "linear.resize=24",
         "linear.crop_size=24",
@@ -182,8 +194,36 @@ def test_linear_without_augmentation_and_with_held_out_images(compose, run_overr
     assert best > 25  # four classes
     names = {path.name.split("-")[0] for path in (tmp_path / "out" / "features").iterdir()}
     assert names == {"train", "val", "held"}
+
+    def no_pass(*args, **kwargs):
+        raise AssertionError("the network was run again")
+
+    monkeypatch.setattr("dinovmf_plugin.evaluation.workbench.extract_feature_set", no_pass)
     again = evaluate_one(config, "linear")
     assert again["features"] == result["features"]
+
+
+def test_linear_with_augmentation_passes_every_image_once_per_epoch(
+    compose, run_overrides, monkeypatch
+):
+    """[C] and [D] at every learning rate from one pass of the backbone; other crops every epoch."""
+    seen = []
+
+    def spy(model, images, specs):
+        seen.append((images.clone(), [str(spec) for spec in specs]))
+        return backbone_features(model, images, specs)
+
+    monkeypatch.setattr("dinovmf_plugin.evaluation.linear_run.backbone_features", spy)
+    small = ["linear.resize=24", "linear.crop_size=24", "linear.epochs=2", "linear.batch_size=32"]
+    config = compose("linear", *run_overrides, *small, "linear.lrs=[0.001,0.01,0.1]")
+    result = evaluate_one(config, "linear")
+    assert [len(images) for images, _ in seen] == [32, 16, 32, 16]
+    assert all(len(specs) == 2 for _, specs in seen)
+    first, second = torch.cat([seen[0][0], seen[1][0]]), torch.cat([seen[2][0], seen[3][0]])
+    assert not torch.equal(first.sort(0).values, second.sort(0).values)
+    for name in ("cls", "dino"):
+        assert len(result["features"][name]["last"]) == 3
+        assert result["features"][name]["protocol_lr"]["last"]["lr"] == 0.001
 
 
 def test_few_shot_from_published_lists(compose, run_overrides, folders, vit_file, tmp_path, quiet):

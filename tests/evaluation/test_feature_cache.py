@@ -20,6 +20,7 @@ def test_round_trip(tmp_path, features):
     assert torch.equal(found, features[0])
     assert torch.equal(labels, features[1])
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file is left
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_half_precision_is_half_as_large_and_read_as_float32(tmp_path, features):

@@ -65,6 +65,31 @@ def test_folds_in_parallel_give_the_same():
     assert cross_validated_accuracy(*inputs, weight_decays=[1.0, 100.0], n_jobs=2) == one
 
 
+def test_warm_starts_save_iterations_and_change_nothing(monkeypatch):
+    iterations = []
+
+    class Counted(LogisticRegression):
+        cold = False
+
+        def fit(self, x, y):
+            if self.cold and hasattr(self, "coef_"):
+                del self.coef_
+            super().fit(x, y)
+            iterations.append(int(self.n_iter_[0]))
+            return self
+
+    monkeypatch.setattr("dinovmf_plugin.evaluation.logistic.LogisticRegression", Counted)
+    inputs = (*_data(120, 4, 1), *_data(80, 4, 2))
+    settings = {"weight_decays": np.logspace(-1, 3, 17).tolist(), "tol": 1e-6, "max_iter": 5000}
+    warm = cross_validated_accuracy(*inputs, **settings)
+    assert len(iterations) >= 17 * 5 + 1
+    in_folds = sum(iterations[: 17 * 5])
+    iterations.clear()
+    Counted.cold = True
+    assert cross_validated_accuracy(*inputs, **settings) == warm
+    assert in_folds < 0.9 * sum(iterations[: 17 * 5])
+
+
 def test_unfinished_fits_are_counted():
     x, y = _data(60, 3, 1)
     found = cross_validated_accuracy(x, y, x, y, weight_decays=[1e-6, 1.0], max_iter=1)
