@@ -77,15 +77,12 @@ def _linear_details(ours: Mapping[str, Any]) -> tuple[list[str], Rows]:
         for feature, report in result["features"].items():
             best, last = report["best"], max(entry["top1"] for entry in report["last"])
             official = report.get("protocol_lr", {}).get("last", {}).get("top1")
-            row = [
-                name,
-                f"{_feature_name(feature)}, {report['dim']}",
-                _percent(best["top1"]),
-                f"{best['lr']:g}",
-            ]
-            row += [best["epoch"], _percent(official), _percent(last)]
-            chosen = _percent(report.get("chosen", {}).get("top1"))
-            rows.append([*row, chosen] if held_out else row)
+            row: list[object] = [name, f"{_feature_name(feature)}, {report['dim']}"]
+            row += [_percent(best["top1"]), f"{best['lr']:g}", best["epoch"]]
+            row += [_percent(official), _percent(last)]
+            if held_out:
+                row.append(_percent(report.get("chosen", {}).get("top1")))
+            rows.append(row)
     return [*header, "chosen on held-out"] if held_out else header, rows
 
 
@@ -141,9 +138,9 @@ def _finetune_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> tuple[
         if dataset in row.finetune:
             # Tables 14 and 15 give the mean per class for Aircraft only
             value = _percent(row.finetune[dataset])
-            scores = iter((None, value) if dataset == "aircraft" else (value, None))
+            pair = (None, value) if dataset == "aircraft" else (value, None)
             data = "ImageNet" if dataset == "imagenet" else dataset
-            rows.append([_paper_name(row, data), *scores, None, None])
+            rows.append([_paper_name(row, data), *pair, None, None])
     return ["fine-tuned (%)", "best on val, top-1", "mean per class", "lr", "epoch"], rows
 
 
