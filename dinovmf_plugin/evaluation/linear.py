@@ -163,6 +163,8 @@ def linear_accuracy(
     for name in train_features:
         check_features(train_features[name], train_labels, f"linear training {name}")
         check_features(val_features[name], val_labels, f"linear validation {name}")
+    if min(int(labels.min()) for labels in (train_labels, val_labels)) < 0:
+        raise ValueError("linear labels must be 0 .. C - 1, got a negative one")
     if batch_size < 1:
         raise ValueError(f"linear.batch_size={batch_size} must be at least 1")
     fit, held = holdout_rows(train_labels, holdout, seed)

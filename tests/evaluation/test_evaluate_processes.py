@@ -50,3 +50,35 @@ def test_two_processes_give_the_same_as_one(ddp, compose, run_overrides, tmp_pat
             assert ours == theirs
     written = json.loads(Path(tmp_path / "two" / "results.json").read_text())
     assert written["knn"]["k10"] == one["knn"]["k10"]
+
+
+def _finetune_on_a_rank(rank, config):
+    from unittest import mock
+
+    from dinovmf_plugin.evaluation import finetune_run
+
+    tuners = []
+
+    def kept(*args, make=finetune_run.FineTuner):
+        tuners.append(make(*args))
+        return tuners[0]
+
+    with mock.patch.object(finetune_run, "FineTuner", kept):
+        result = finetune_run.finetune(config)
+    return result, {name: value.tolist() for name, value in tuners[0].model.named_parameters()}
+
+
+def test_two_processes_fine_tune_one_network(ddp, compose, run_overrides, tmp_path):
+    small = ["resize=24", "crop_size=24", "batch_size=16", "epochs=2", "warmup_epochs=1"]
+    small += ["lr=0.002", "init_scale=1.0"]
+    overrides = [f"finetune.{setting}" for setting in small]
+    config = OmegaConf.to_container(compose("finetune", *run_overrides, *overrides))
+    (first, weights), (second, other_weights) = ddp(_finetune_on_a_rank, config)
+    assert weights == other_weights  # gradients are averaged
+    first, second = first["runs"][0], second["runs"][0]
+    for ours, theirs in zip(first["epochs"], second["epochs"], strict=True):
+        assert ours["top1"] == theirs["top1"]  # of all images
+        assert ours["loss"] != theirs["loss"]  # of a process's own
+    written = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert written["runs"] == [first]
+    assert written["val_images"] == 20

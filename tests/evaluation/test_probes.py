@@ -165,6 +165,7 @@ def test_scaling_with_the_batch():
         ({"lrs": [-1.0]}, "must all be positive"),
         ({"epochs": 0}, "epochs=0 at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"train_labels": torch.full((60,), -100)}, "labels must be 0 .. C - 1, got a negative"),
         ({"train_labels": torch.zeros(3, dtype=torch.int64)}, "linear training cls: 60 features"),
         (
             {"val_features": {"cls": torch.full((60, 10), torch.inf)}},
