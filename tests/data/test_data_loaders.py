@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,27 @@ def test_center_crop__bad_input() -> None:
         CenterCrop(224, 256)
     with pytest.raises(ValueError, match="interpolation must be one of .*, got 'area'"):
         CenterCrop(interpolation="area")
+
+
+_IN_JOBLIB = """
+import sys
+from joblib import Parallel, delayed
+
+def count(folder):
+    import nvidia.dali
+    from dinovmf_plugin.data.evaluation_loaders import evaluation_loader
+    from dinovmf_plugin.data.folders import list_images
+    from dinovmf_plugin.data.loaders import FolderSource
+    loader = evaluation_loader(FolderSource(list_images(folder)), num_workers=1)
+    return sum(len(images) for images, _ in loader)
+
+print(*Parallel(n_jobs=2)(delayed(count)(folder) for folder in [sys.argv[1]] * 2))
+"""
+
+
+def test_workers_in_joblibs_processes(folder: Path) -> None:
+    """hydra's joblib launcher: their start method is called "loky", which no other process knows."""
+    pytest.importorskip("nvidia.dali", reason="without DALI workers are forked")
+    command = [sys.executable, "-c", _IN_JOBLIB, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["22", "22"], done.stderr
