@@ -280,6 +280,15 @@ def test_mask_token__stands_before_the_positions_in_the_hosts_own_vits(
     assert [len(x) for x in seen] == [8, 8]  # masked globals, whole local crops
 
 
+def test_patch_tokens__are_neither_cls_nor_registers(tiny_cfg, make_crops, build):
+    module = build(tiny_cfg("ibot", **{"backbone.kwargs.reg_tokens": 3}))
+    images = make_crops()[1][0]
+    tokens = backbones.forward_tokens(module.backbone, images)
+    assert tokens.shape[1] == 1 + 3 + 4
+    assert torch.equal(module.patch_tokens(tokens, images), tokens[:, 4:])
+    assert torch.isfinite(module.distillation_loss(make_crops()[1]).loss)
+
+
 def test_masks__are_a_function_of_seed_epoch_batch_and_rank(tiny_cfg, build, monkeypatch):
     images, module = torch.zeros(8, 3, 224, 224), build(tiny_cfg("ibot"))
 
