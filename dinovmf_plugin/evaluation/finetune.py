@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.models import VisionTransformer
 from timm.optim import create_optimizer_v2
@@ -93,17 +95,38 @@ def _head_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
 
 
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keeps the highest ``bits`` of every channel; none leaves black, which Pillow 13 refuses to do.
+
+    Random magnitudes of RandAugment reach 0 bits (about one image in 300 of the recipes).
+    """
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return posterize(image, bits)  # type: ignore[no-any-return]
+
+
+def _tolerant(transform: Any) -> Any:
+    """timm's transform, its posterisation replaced by one that can remove all bits."""
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
 class _Augmented(Dataset[tuple[Tensor, int]]):
     def __init__(self, images: ImageSet, settings: FinetuneSettings) -> None:
         self.source = images.source
-        self.transform = create_transform(
-            settings.crop_size,
-            is_training=True,
-            color_jitter=0.0,
-            auto_augment=settings.auto_augment,
-            interpolation=settings.train_interpolation,
-            re_prob=settings.erasing,
-            re_mode="pixel",
+        self.transform = _tolerant(
+            create_transform(
+                settings.crop_size,
+                is_training=True,
+                color_jitter=0.0,
+                auto_augment=settings.auto_augment,
+                interpolation=settings.train_interpolation,
+                re_prob=settings.erasing,
+                re_mode="pixel",
+            )
         )
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 from timm.models import VisionTransformer
 
 from dinovmf_plugin.evaluation.finetune import FineTuner, build_classifier, training_loader
@@ -168,6 +169,22 @@ def test_repeated_augmentation_repeats(folders):
     assert len(set(rows)) == 16
     plain = list(training_loader(images, _settings(), Processes(), 0, seed=0).sampler)
     assert sorted(plain) == list(range(48))
+
+
+def test_random_magnitudes_may_remove_every_bit(folders):
+    """Pillow 13 refuses to posterise to 0 bits, which the recipes' RandAugment asks for now and then."""
+    images = image_folder(str(folders[0]), "data.train_path")
+    settings = _settings(auto_augment="rand-m10-n15-inc1", erasing=0.0)
+    dataset = training_loader(images, settings, Processes(), 0, seed=0).dataset
+    (randaugment,) = (step for step in dataset.transform.transforms if hasattr(step, "ops"))
+    operation = next(op for op in randaugment.ops if op.name.startswith("Posterize"))
+    operation.prob = 1.0
+    grey = Image.new("RGB", (8, 8), (90, 200, 10))
+    assert operation(grey).getextrema() == ((0, 0), (0, 0), (0, 0))  # no bit is left
+    operation.magnitude = 5.0  # two bits
+    assert operation(grey).getpixel((0, 0)) == (90 & 0xC0, 200 & 0xC0, 10 & 0xC0)
+    for i in range(len(dataset)):  # 15 operations each: all of them run
+        assert dataset[i][0].shape == (3, 24, 24)
 
 
 def test_a_loss_that_is_not_finite_stops(vit_file, folders):
