@@ -13,11 +13,7 @@ the time from one batch to the next: forward, loss, backward, optimiser, EMA and
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -25,7 +21,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from dinovmf_plugin import host
+from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
 from dinovmf_plugin.comparison.candidates import Candidate, compose_recipe
 from dinovmf_plugin.host.config import parse_cfg
 from dinovmf_plugin.pretraining import build_method
@@ -196,40 +192,10 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "median": median, "ratio": ratio}
 
 
-def _machine(settings: dict[str, Any]) -> dict[str, Any]:
-    on_gpu = settings["accelerator"] == "gpu"
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "lightning": version("lightning"),
-        "solo_learn": f"{host.GENERATION} of the two generations",
-        "python": platform.python_version(),
-    }
-
-
-def _parse(argv: list[str]) -> dict[str, Any]:
-    settings = dict(DEFAULTS)
-    for argument in argv:
-        key, separator, value = argument.removeprefix("--").partition("=")
-        if not separator or key not in DEFAULTS:
-            raise ValueError(
-                f"argument {argument!r} is unknown: write key=value with one of {', '.join(DEFAULTS)}"
-            )
-        try:
-            settings[key] = type(DEFAULTS[key])(value)
-        except ValueError:
-            kind = type(DEFAULTS[key]).__name__
-            raise ValueError(f"{key}={value!r} is not of type {kind}") from None
-        low = {"crops": 0}.get(key, 1)
-        if isinstance(settings[key], int) and settings[key] < low:
-            raise ValueError(f"{key}={value} must be at least {low}")
-    if settings["output"] and Path(settings["output"]).exists():
-        raise FileExistsError(
-            f"output={settings['output']} exists: remove it or choose another name"
-        )
-    return settings
+def _check(settings: dict[str, Any]) -> None:
+    for key, low in {"batch": 1, "crops": 0, "size": _PATCH, "rounds": 1, "steps": 1}.items():
+        if settings[key] < low:
+            raise ValueError(f"{key}={settings[key]} must be at least {low}")
 
 
 def main(argv: list[str]) -> None:
@@ -242,8 +208,15 @@ def main(argv: list[str]) -> None:
         ValueError: for an unknown key or value.
         FileExistsError: if the output exists already.
     """
-    settings = _parse(argv)
-    info = _machine(settings)
+    settings = parse_arguments(argv, DEFAULTS)
+    _check(settings)
+    on_gpu = settings["accelerator"] == "gpu"
+    info = {
+        **machine(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "lightning": version("lightning"),
+        "solo_learn": host.GENERATION,
+    }
     print(", ".join(f"{key} {value}" for key, value in info.items()))
     result = measure(settings)
     for name, value in result["median"].items():
@@ -253,11 +226,8 @@ def main(argv: list[str]) -> None:
             else ""
         )
         print(f"  {name:16s}{value:9.4f} s per step{shown}")
-    if settings["output"]:
-        command = "python scripts/benchmark.py step " + shlex.join(argv)
-        report = {"command": command, "machine": info, "settings": settings, "results": result}
-        Path(settings["output"]).write_text(json.dumps(report, indent=2) + "\n")
-        print(f"written to {settings['output']}")
+    report = {"machine": info, "settings": settings, "results": result}
+    write_report("step", argv, report, settings["output"])
 
 
 if __name__ == "__main__":
