@@ -154,9 +154,8 @@ def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
     first = processes.rank == 0
     images = settings.epochs * len(loader) * settings.batch_size // processes.world_size
     done = images * start // settings.epochs
-    bar = tqdm(total=images, initial=done, desc=f"fine-tuning, lr {lr:g}", unit="img")
-    bar.disable = not (run.progress and first)
-    with bar:
+    shown, words = run.progress and first, f"fine-tuning, lr {lr:g}"
+    with tqdm(total=images, initial=done, desc=words, unit="img", disable=not shown) as bar:
         for epoch in range(start, settings.epochs):
             losses = []
             for count, loss in tuner.train_epoch(loader, epoch):

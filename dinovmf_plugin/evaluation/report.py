@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dinovmf_plugin.analysis.figures import themed
 from dinovmf_plugin.analysis.report import Page, table
@@ -238,11 +239,23 @@ def _transfer_chart(ours: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _finetune_chart(ours: Mapping[str, Any]) -> Figure:
+    figure, axes = _axes("epoch", "top-1 accuracy (%)")
+    for result in ours.values():
+        for run in result["runs"]:
+            scores = [(entry["epoch"], entry["top1"]) for entry in run["epochs"]]
+            axes.plot(*zip(*scores, strict=True), "o-", markersize=3, label=f"lr {run['lr']:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return figure
+
+
 CHARTS: dict[str, tuple[Callable[[Mapping[str, Any]], Figure], str]] = {
     "knn": (_knn_chart, "Accuracy by the number of neighbours"),
     "linear": (_linear_chart, "Last epoch of every learning rate of the grid"),
     "few_shot": (_few_shot_chart, "Mean and standard deviation over the splits"),
     "transfer": (_transfer_chart, "What cross-validation saw, for the network itself"),
+    "finetune": (_finetune_chart, "Validation accuracy of every learning rate"),
 }
 
 

@@ -227,10 +227,11 @@ def _epochs(result):
 
 
 def test_a_sweep_learns_resumes_exactly_and_reports_the_best(
-    compose, run_overrides, tmp_path, monkeypatch
+    compose, run_overrides, tmp_path, monkeypatch, capsys
 ):
     overrides = [*run_overrides, *SMALL, "finetune.epochs=4", "finetune.lr=[1e-6,0.002]"]
     whole = finetune(compose("finetune", *overrides))
+    assert "img/s" not in capsys.readouterr().err  # progress=false
     assert [run["lr"] for run in whole["runs"]] == [1e-6, 0.002]
     assert whole["best"]["top1"] == max(e["top1"] for run in whole["runs"] for e in run["epochs"])
     first, last = whole["runs"][1]["epochs"][0]["loss"], whole["runs"][1]["last"]["loss"]
