@@ -145,7 +145,7 @@ def _status(key: str) -> int:
 
 
 def measure(name: str, settings: dict[str, Any]) -> dict[str, float]:
-    """Time of a step and the memory, in MB (1e6 bytes), by which this process grows in it.
+    """CPU seconds of a step and the memory, in MB (1e6 bytes), by which this process grows in it.
 
     A small step first brings in the libraries; then the kernel's peak counter is reset.
     """
@@ -154,10 +154,10 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, float]:
     load = Workload(settings, normalization)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    before, start = _status("VmRSS"), time.perf_counter()
+    before, start = _status("VmRSS"), time.process_time()
     result = load.run(name)
-    seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
-    return {"loss": float(result["loss"]), "seconds": seconds, "peak_mb": peak / 1e6}
+    seconds, peak = time.process_time() - start, _status("VmHWM") - before
+    return {"loss": float(result["loss"]), "cpu_seconds": seconds, "peak_mb": peak / 1e6}
 
 
 def _difference(settings: dict[str, Any]) -> dict[str, float]:
@@ -222,7 +222,7 @@ def main(argv: list[str]) -> None:
     largest = results.get("plain", {}).get("peak_mb")
     for name, row in results.items():
         share = f", {row['peak_mb'] / largest:.3f} of plain" if largest else ""
-        print(f"  {name:9s} peak {row['peak_mb']:7.0f} MB{share}; {row['seconds']:.2f} s")
+        print(f"  {name:9s} peak {row['peak_mb']:7.0f} MB{share}; {row['cpu_seconds']:.1f} CPU s")
     difference = _difference(settings)
     worst = max(difference, key=lambda key: difference[key])
     print(f"  largest relative difference of ibot from plain: {difference[worst]:.1e} ({worst})")
