@@ -180,7 +180,9 @@ class LogitCentering(Centering):
 
     def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
         if bias is None or self.raw_scores:
-            return _logits(scores - self.center, temperature, bias).softmax(dim=-1)
+            # in place: fresh memory costs a CPU more than the arithmetic
+            logits = (scores - self.center).div_(temperature)
+            return (logits if bias is None else logits.add_(bias)).softmax(dim=-1)
         return _logits(scores, temperature, bias).sub_(self.center).softmax(dim=-1)
 
     def _batch_center(

@@ -114,7 +114,10 @@ class Prototypes(nn.Module):
         """Raw scores ``<w_k, y>``, ``(..., K)`` in float32; the product follows autocast."""
         product = F.linear(y, self.weight_v.to(y.dtype))
         with torch.autocast(y.device.type, enabled=False):
-            return product.float() * self.scale()
+            product, scale = product.float(), self.scale()
+            if torch.is_grad_enabled():
+                return product * scale
+            return product.mul_(scale)  # fresh memory costs a CPU more than the arithmetic
 
     def forward(self, y: Tensor, temperature: float = 1.0) -> Tensor:
         """Component logits ``<w_k, y> / tau + D(kappa_k)``, float32 (Eqs. 3 and 6).
