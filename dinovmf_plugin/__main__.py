@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.resources
 import runpy
 import sys
@@ -46,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(cli.import_main(rest) if verb == "import" else cli.export_main(rest))
     if verb in _script_names():
         sys.argv = [verb, *rest]
-        importlib.import_module(f"dinovmf_plugin.scripts.{verb}").main()
+        # as __main__: Lightning starts further processes (devices=2) by the name of the main module
+        runpy.run_module(f"dinovmf_plugin.scripts.{verb}", run_name="__main__", alter_sys=True)
         return 0
     path = Path(verb)
     if not path.is_file():

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["one_clear_message"]
+__all__ = ["is_expected", "one_clear_message"]
 
 
-def _is_expected(error: Exception) -> bool:
+def is_expected(error: Exception) -> bool:
     """The user's input, files and machine; and the errors that this package defines."""
     ours = type(error).__module__.startswith("dinovmf_plugin.")
     return ours or isinstance(error, (ValueError, OSError, ImportError))
@@ -33,7 +33,7 @@ def one_clear_message(function: Callable[..., Any]) -> Callable[..., Any]:
             print("\ninterrupted: what was finished before is on disk", file=sys.stderr)
             sys.exit(130)
         except Exception as error:
-            if _is_expected(error):
+            if is_expected(error):
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(2)
             raise

@@ -10,14 +10,25 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import host, registry
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
-from dinovmf_plugin.host.checkpointer import Checkpointer, choose_folder, find_checkpoint
+from dinovmf_plugin.data.sampling import ResumableLoader
+from dinovmf_plugin.host.checkpointer import (
+    Checkpointer,
+    choose_folder,
+    find_checkpoint,
+    make_folder,
+)
 from dinovmf_plugin.host.config import parse_cfg
 
-__all__ = ["PretrainDataModule", "build_method", "build_trainer", "pretrain"]
+__all__ = ["LoaderWorkerError", "PretrainDataModule", "build_method", "build_trainer", "pretrain"]
+
+
+class LoaderWorkerError(RuntimeError):
+    """A process that reads images died: killed for its memory, crashed, or ended by somebody."""
 
 
 class PretrainDataModule(LightningDataModule):
@@ -26,6 +37,7 @@ class PretrainDataModule(LightningDataModule):
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.training: ResumableLoader | None = None
 
     def _place(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -37,7 +49,13 @@ class PretrainDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """This rank's share of the crops."""
-        return pretrain_loader(self.cfg, **self._place())
+        self.training = pretrain_loader(self.cfg, **self._place())
+        return self.training
+
+    def close(self) -> None:
+        """End the processes that read images, however training ended."""
+        if self.training is not None:
+            self.training.close()
 
     def val_dataloader(self) -> Any:
         """Centre crops for the online classifier and kNN; nothing without labels."""
@@ -50,15 +68,19 @@ def build_method(cfg: DictConfig) -> Any:
     """The LightningModule that ``cfg.method`` names: the plugin's, or one of the host's own.
 
     Raises:
-        ValueError: if nobody knows the method.
+        ValueError: if nobody knows the method, or it cannot be built from the config.
     """
     registry.register()
     if cfg.method not in host.METHODS or cfg.method in ("base", "linear"):
         known = sorted(set(host.METHODS) - {"base", "linear"})
         raise ValueError(f"method={cfg.method!r} is unknown: choose one of {', '.join(known)}")
-    if cfg.method in registry.method_classes():
-        return host.METHODS[cfg.method](cfg)
-    return host.build_host_method(cfg)
+    try:
+        if cfg.method in registry.method_classes():
+            return host.METHODS[cfg.method](cfg)
+        return host.build_host_method(cfg)
+    except TypeError as error:  # a keyword that a network does not have, or of a wrong type
+        given = OmegaConf.to_container(cfg.backbone)
+        raise ValueError(f"backbone={given} cannot be built: {error}") from error
 
 
 def _logger(cfg: DictConfig) -> Logger:
@@ -72,7 +94,11 @@ def _logger(cfg: DictConfig) -> Logger:
 
 
 def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """A Lightning Trainer from the config's own keys (those that ``Trainer`` knows)."""
+    """A Lightning Trainer from the config's own keys (those that ``Trainer`` knows).
+
+    Raises:
+        ValueError: if it refuses one of them.
+    """
     known = inspect.signature(Trainer.__init__).parameters
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     kwargs = {name: plain[name] for name in known if name in plain}
@@ -82,10 +108,15 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
         callbacks=[*callbacks, *([TQDMProgressBar()] if progress else [])],
         enable_checkpointing=False,
         use_distributed_sampler=False,
+        default_root_dir=cfg.checkpoint.folder,  # where Lightning looks for its own under SLURM
         log_every_n_steps=cfg.get("log_every_n_steps", 10),
         num_sanity_val_steps=0,
     )
-    return Trainer(**kwargs)
+    try:
+        return Trainer(**kwargs)
+    except (MisconfigurationException, TypeError) as error:
+        given = ", ".join(f"{name}={plain[name]!r}" for name in known if name in plain)
+        raise ValueError(f"Lightning's Trainer refuses one of {given}: {error}") from error
 
 
 def _resume_path(cfg: DictConfig) -> str | None:
@@ -114,15 +145,30 @@ def pretrain(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Path | None
 
     Raises:
         ValueError, FileNotFoundError: for anything wrong in the config or the data, before training.
+        OSError: if a checkpoint cannot be written; the one before it stays.
+        LoaderWorkerError: if a process that reads images dies.
     """
     cfg = parse_cfg(cfg)
     resume = _resume_path(cfg)
     cfg.checkpoint.folder = str(choose_folder(cfg, resume))
+    make_folder(Path(cfg.checkpoint.folder), cfg)
     seed_everything(cfg.seed, verbose=False)
     model = build_method(cfg)
     trainer = build_trainer(cfg, callbacks)
     if cfg.method not in registry.method_classes() and cfg.checkpoint.enabled:
         trainer.callbacks.append(Checkpointer(cfg))  # type: ignore[attr-defined]
-    trainer.fit(model, datamodule=PretrainDataModule(cfg), ckpt_path=resume, weights_only=True)
+    data = PretrainDataModule(cfg)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).split(". ", 1)[0].rstrip(".")
+        raise LoaderWorkerError(
+            f"{reason}, which for a process that reads images mostly means too little memory: lower "
+            "data.num_workers; finished epochs are on disk, auto_resume.enabled=True goes on from there"
+        ) from error
+    finally:
+        data.close()
     found = [c for c in trainer.callbacks if isinstance(c, Checkpointer)]  # type: ignore[attr-defined]
     return found[0].last_ckpt if found else None

@@ -10,7 +10,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from dinovmf_plugin.data.loaders import ImageSource, worker_start_method
+from dinovmf_plugin.data.loaders import (
+    ImageSource,
+    leave_signals_to_the_parent,
+    worker_start_method,
+)
 from dinovmf_plugin.data.recipe import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS
 from dinovmf_plugin.data.transforms import INTERPOLATION_MODES
 
@@ -95,5 +99,6 @@ def evaluation_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         multiprocessing_context=worker_start_method(num_workers),
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),
     )

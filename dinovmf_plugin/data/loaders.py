@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +32,9 @@ class ImageSource(Protocol):
         """Its class, or -1."""
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
 def worker_start_method(num_workers: int) -> str | None:
     """How worker processes start: not by forking once DALI's threads run, which can deadlock them.
 
@@ -36,7 +42,30 @@ def worker_start_method(num_workers: int) -> str | None:
         >>> worker_start_method(0) is None
         True
     """
-    return "forkserver" if num_workers > 0 and "nvidia.dali" in sys.modules else None
+    if num_workers == 0 or "nvidia.dali" not in sys.modules:
+        return None
+    if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+        # joblib's processes (hydra's launcher) call theirs "loky", a name that workers do not know
+        multiprocessing.set_start_method("forkserver", force=True)
+    # workers end with the server that forked them: it inherits a mask against signals to the whole job
+    resource_tracker.ensure_running()  # would start with the server, and clears the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return "forkserver"
+
+
+def leave_signals_to_the_parent(worker: int = 0) -> None:
+    """For worker processes: Ctrl-C and SLURM signal all processes of a job, but the parent decides.
+
+    It needs its workers to finish a step. A second SIGTERM ends them: PyTorch uses it to clean up.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 class FolderSource:
@@ -126,10 +155,17 @@ class PretrainLoader(ResumableLoader):
             pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
             persistent_workers=num_workers > 0,
             multiprocessing_context=worker_start_method(num_workers),
+            worker_init_fn=leave_signals_to_the_parent,
             prefetch_factor=prefetch_factor if num_workers > 0 else None,
             # PyTorch draws seeds for the workers; not from the stream that initialises the model.
             generator=torch.Generator(),
         )
+
+    def close(self) -> None:
+        """End the worker processes now: left to the interpreter's exit, they complain on their way."""
+        iterator: Any = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Any]]:
         self._order.epoch, self._order.start = epoch, start

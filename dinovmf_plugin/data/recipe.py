@@ -226,7 +226,8 @@ def parse_recipe(
         >>> len(recipe), recipe[0].size, recipe[0].scale
         (2, 32, (0.2, 1.0))
     """
-    if isinstance(augmentations, (str, Mapping)) or not len(augmentations):
+    listed = isinstance(augmentations, Sequence) and not isinstance(augmentations, str)
+    if not listed or not len(augmentations):
         raise ValueError(
             f"augmentations must be a list of at least one pipeline, got {augmentations!r}"
         )

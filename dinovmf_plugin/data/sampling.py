@@ -149,6 +149,9 @@ class ResumableLoader:
         self.epoch, self._step = int(state["epoch"]), int(state["step"])
         self._start = self._step
 
+    def close(self) -> None:
+        """End processes that belong to the loader, if there are any."""
+
     def _identity(self) -> dict[str, int]:
         plan = self.plan
         return {

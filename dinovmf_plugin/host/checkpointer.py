@@ -1,9 +1,9 @@
 """Training checkpoints: written atomically, the last epoch included, resumable without mistake.
 
-Differs from upstream (solo-learn's Checkpointer): the final epoch is always saved, a new file never
-replaces the old one before it is whole, the folder is named after the configuration (two cells of an
-ablation cannot resume from each other), and of two runs of one configuration the second does not write
-into the first's folder.
+Differs from upstream (solo-learn's Checkpointer): the final epoch is always saved, and the step at which a
+run is stopped by a signal; a new file never replaces the old one before it is whole; the folder is named
+after the configuration (two cells of an ablation cannot resume from each other), and of two runs of one
+configuration the second does not write into the first's folder.
 """
 
 from __future__ import annotations
@@ -12,16 +12,30 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import signal
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.host import GENERATION
+from dinovmf_plugin.host.interruption import StopRequest
 
-__all__ = ["Checkpointer", "choose_folder", "find_checkpoint", "is_whole", "run_identity"]
+__all__ = [
+    "Checkpointer",
+    "choose_folder",
+    "find_checkpoint",
+    "is_whole",
+    "make_folder",
+    "run_identity",
+]
 
 if GENERATION == "main":
     # Lightning lets a model's callback replace the Trainer's only if it is a subclass of it
@@ -70,13 +84,21 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def _epoch_of(path: Path) -> int:
-    with contextlib.suppress(ValueError):
-        return int(path.stem.rsplit("-ep", 1)[-1])
-    return -1
+def _progress_of(path: Path) -> tuple[int, float]:
+    """Epoch and step by the name; the end of an epoch comes after all of its steps."""
+    found = re.search(r"-ep(\d+)(?:-step(\d+))?$", path.stem)
+    if found is None:
+        return -1, 0
+    return int(found[1]), float(found[2] or "inf")
 
 
 def _folder(cfg: DictConfig) -> Path:
+    for key in ("name", "method"):
+        value = str(cfg[key])
+        if value != Path(value).name or value in ("", ".."):
+            raise ValueError(
+                f"{key}={value!r} must be a plain name: it becomes a folder in checkpoint.dir"
+            )
     return Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{run_identity(cfg)}"
 
 
@@ -96,6 +118,22 @@ def choose_folder(cfg: DictConfig, resume_from: str | Path | None) -> Path:
     return folder
 
 
+def make_folder(folder: Path, cfg: DictConfig) -> None:
+    """Make the run's folder.
+
+    Raises:
+        OSError: if it cannot be written; the message names ``checkpoint.dir``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"checkpoint.dir={cfg.checkpoint.dir} cannot be written: {error.strerror}"
+        ) from error
+
+
 def find_checkpoint(cfg: DictConfig) -> Path | None:
     """The newest whole checkpoint of exactly this run, or None.
 
@@ -103,18 +141,52 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
     """
     folder = _folder(cfg)
     candidates = [*folder.glob("*.ckpt"), *folder.glob("previous/*.ckpt")]
-    for path in sorted(candidates, key=_epoch_of, reverse=True):
+    for path in sorted(candidates, key=_progress_of, reverse=True):
         if is_whole(path):
             return path
         print(f"checkpoint {path} is truncated or damaged: using the one before it")
     return None
 
 
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The file system's error behind what torch's archive writer makes of it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class _WholeFile(TorchCheckpointIO):
+    """Writes beside the target and renames; keeps an error, which all ranks are to raise together.
+
+    Differs from upstream: Lightning makes the file in memory, then in the system's temporary folder, which
+    may be another and smaller disk.
+    """
+
+    error: str | None = None
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        temporary = Path(f"{path}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            reason = _os_error(error)
+            if reason is None:
+                raise
+            self.error = reason.strerror or str(reason)
+
+
 class Checkpointer(_HostCheckpointer):
     """Saves ``<dir>/<method>/<name>-<identity>/<name>-ep<epoch>.ckpt`` and ``args.json`` beside it.
 
     The folder holds exactly one ``.ckpt``; the one before it waits in ``previous/`` (all of them with
-    ``checkpoint.keep_prev``).
+    ``checkpoint.keep_prev``). A run that a signal stops (Ctrl-C, SIGTERM) is saved after the current
+    optimiser step as ``<name>-ep<epoch>-step<step>.ckpt`` and ends with status 128 + signal.
 
     Args:
         cfg: the resolved config, with the ``checkpoint`` node of the host.
@@ -127,6 +199,8 @@ class Checkpointer(_HostCheckpointer):
         self.keep_prev = bool(cfg.checkpoint.keep_prev)
         self.path = _folder(cfg)
         self.last_ckpt: Path | None = None
+        self.stop = StopRequest()
+        self._saved_step = self._step_before = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Choose the folder; ``pl_module.run_folder`` tells it to the other callbacks.
@@ -139,57 +213,88 @@ class Checkpointer(_HostCheckpointer):
         pl_module.run_folder = self.path
         if trainer.ckpt_path is not None:  # also if there is nothing left to train
             whole = [p for p in self.path.glob("*.ckpt") if is_whole(p)]
-            self.last_ckpt = max(whole, key=_epoch_of, default=Path(trainer.ckpt_path))
+            self.last_ckpt = max(whole, key=_progress_of, default=Path(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write ``args.json`` and clear away what an interrupted write left."""
+        """Write ``args.json``, put aside what an interrupted write left, and take over signals."""
         if trainer.is_global_zero:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                args = OmegaConf.to_container(self.cfg, resolve=True)
-                temporary = self.path / "args.json.tmp"
-                temporary.write_text(json.dumps(args, indent=2, default=str))
-                temporary.replace(self.path / "args.json")
-            except OSError as error:
-                raise OSError(
-                    f"checkpoint.dir={self.cfg.checkpoint.dir} cannot be written: {error.strerror}"
-                ) from error
+            make_folder(self.path, self.cfg)
+            args = OmegaConf.to_container(self.cfg, resolve=True)
+            temporary = self.path / "args.json.tmp"
+            temporary.write_text(json.dumps(args, indent=2, default=str))
+            temporary.replace(self.path / "args.json")
             for left_over in self.path.glob("*.ckpt.tmp"):
                 left_over.unlink()
+            for path in self.path.glob("*.ckpt"):
+                if not is_whole(path):  # it must not push the one before it out of previous/
+                    path.replace(path.with_name(path.name + ".damaged"))
+        self.stop.install()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the step, to tell micro-batches that end in an optimiser step."""
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for the end of training if a signal came; Lightning ends it once the step is complete."""
+        if trainer.global_step > self._step_before and self.stop.agree(trainer):
+            # the flag behind trainer.received_sigterm, which has no setter
+            trainer._signal_connector.received_sigterm = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save every ``frequency`` epochs, and the last epoch in any case."""
         epoch = trainer.current_epoch
         last = trainer.should_stop or epoch + 1 == trainer.max_epochs
-        if last or (epoch + 1) % self.frequency == 0:
+        if last or self.stop.agreed or (epoch + 1) % self.frequency == 0:
             self.save(trainer)
 
-    def save(self, trainer: Trainer) -> None:
-        """Write the checkpoint beside its place, then move it there."""
-        target = self.path / f"{self.cfg.name}-ep{trainer.current_epoch}.ckpt"
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            trainer.save_checkpoint(temporary)
-            if trainer.is_global_zero:
-                with open(temporary, "rb") as file:
-                    os.fsync(file.fileno())
-                self._put_in_place(temporary, target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            kept = f"{self.last_ckpt} is untouched" if self.last_ckpt else "there is none before it"
-            raise OSError(
-                f"checkpoint {target} could not be written: {error.strerror or error}; {kept}"
-            ) from error
-        self.last_ckpt = target
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Save the step at which a signal ended training, and say how to go on."""
+        if not isinstance(exception, SIGTERMException) or self.stop.agreed is None:
+            return
+        if trainer.global_step != self._saved_step:
+            self.save(trainer, f"-step{trainer.global_step}")
+        name = signal.Signals(self.stop.agreed).name
+        if trainer.is_global_zero:
+            print(
+                f"stopped by {name} after step {trainer.global_step}: {self.last_ckpt} is written; the "
+                "same command with auto_resume.enabled=True goes on from there",
+                flush=True,
+            )
+        self.stop.pass_on()
+        if trainer.local_rank == 0:  # Lightning kills a parent whose child's status is not 0
+            exception.code = 128 + self.stop.agreed
 
-    def _put_in_place(self, temporary: Path, target: Path) -> None:
+    def save(self, trainer: Trainer, suffix: str = "") -> None:
+        """Write the checkpoint beside its place, then move it there.
+
+        Raises:
+            OSError: on every rank, if it cannot be written; the one before it stays.
+        """
+        target = self.path / f"{self.cfg.name}-ep{trainer.current_epoch}{suffix}.ckpt"
+        file, usual = _WholeFile(), trainer.strategy.checkpoint_io
+        trainer.strategy.checkpoint_io = file
+        try:
+            trainer.save_checkpoint(target)
+        finally:
+            trainer.strategy.checkpoint_io = usual
+        error = trainer.strategy.broadcast(file.error)
+        if error is not None:
+            kept = f"{self.last_ckpt} is untouched" if self.last_ckpt else "there is none before it"
+            raise OSError(f"checkpoint {target} could not be written: {error}; {kept}")
+        if trainer.is_global_zero:
+            self._tidy(target)
+        self.last_ckpt, self._saved_step = target, trainer.global_step
+
+    def _tidy(self, newest: Path) -> None:
         previous = self.path / "previous"
         previous.mkdir(exist_ok=True)
-        before = [p for p in self.path.glob("*.ckpt") if p != target]
-        temporary.replace(target)
-        for path in before:
-            path.replace(previous / path.name)
+        for path in self.path.glob("*.ckpt"):
+            if path != newest:
+                path.replace(previous / path.name)
         if not self.keep_prev:
-            for path in sorted(previous.glob("*.ckpt"), key=_epoch_of)[:-1]:
+            for path in sorted(previous.glob("*.ckpt"), key=_progress_of)[:-1]:
                 path.unlink()

@@ -11,6 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinovmf_plugin.data.recipe import parse_recipe
+from dinovmf_plugin.host.schema import check_values
+
 __all__ = ["NUM_CLASSES", "count_devices", "parse_cfg"]
 
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "imagenet": 1000, "imagenet100": 100}
@@ -100,6 +103,7 @@ def parse_cfg(cfg: DictConfig) -> DictConfig:
         FileNotFoundError: if ``data.train_path`` is not a folder.
     """
     OmegaConf.set_struct(cfg, False)
+    check_values(cfg)
     for key, value in _DEFAULTS.items():
         if OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, value)
@@ -122,11 +126,9 @@ def parse_cfg(cfg: DictConfig) -> DictConfig:
         raise ValueError(f"data.dataset={cfg.data.dataset!r} is unknown: choose one of {DATASETS}")
     cfg.data.num_classes = _count_classes(cfg)
 
-    large_size = cfg.augmentations[0].crop_size
-    counts = {True: 0, False: 0}
-    for pipeline in cfg.augmentations:
-        counts[pipeline.crop_size == large_size] += pipeline.num_crops
-    cfg.data.num_large_crops, cfg.data.num_small_crops = counts[True], counts[False]
+    recipe = parse_recipe(cfg.augmentations, dataset=cfg.data.dataset)
+    large = sum(crop.size == recipe[0].size for crop in recipe)
+    cfg.data.num_large_crops, cfg.data.num_small_crops = large, len(recipe) - large
 
     processes = count_devices(cfg.devices, cfg.accelerator) * cfg.num_nodes
     factor = cfg.optimizer.batch_size * processes / 256

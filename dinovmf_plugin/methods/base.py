@@ -19,7 +19,12 @@ from dinovmf_plugin.methods import optimization
 from dinovmf_plugin.methods.probes import OnlineProbes
 from dinovmf_plugin.methods.records import REMEDY, NonFiniteLossError, StepRecord
 from dinovmf_plugin.methods.seeding import SeededSteps
-from dinovmf_plugin.methods.settings import MethodSettings, check_range, read_settings
+from dinovmf_plugin.methods.settings import (
+    MethodSettings,
+    check_range,
+    check_strategy,
+    read_settings,
+)
 from dinovmf_plugin.methods.stored_config import StoredConfig
 from dinovmf_plugin.prototypes import Prototypes
 
@@ -112,6 +117,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
     @classmethod
     def check_config(cls, cfg: DictConfig) -> None:
         """Check what lies outside ``method_kwargs``."""
+        check_strategy(cfg)
         if cfg.scheduler.name not in ("warmup_cosine", "none"):
             raise ValueError(
                 f"scheduler.name={cfg.scheduler.name!r} is not supported by {cfg.method}: "

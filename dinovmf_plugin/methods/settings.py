@@ -18,6 +18,7 @@ __all__ = [
     "MethodSettings",
     "check_choice",
     "check_range",
+    "check_strategy",
     "check_vit",
     "read_settings",
 ]
@@ -45,6 +46,20 @@ def check_vit(cfg: DictConfig) -> None:
         raise ValueError(
             f"backbone.name={cfg.backbone.name!r} cannot train {cfg.method}, which masks or drops single "
             "patches: choose vit_tiny, vit_small, vit_base or vit_large"
+        )
+
+
+def check_strategy(cfg: DictConfig) -> None:
+    """Raise a ValueError unless ``strategy`` keeps the whole network in every process.
+
+    The teacher follows the student parameter by parameter, centre and prototypes are needed whole, and
+    FSDP, DeepSpeed and the like cut parameters into pieces.
+    """
+    strategy = OmegaConf.select(cfg, "strategy", default="auto")
+    if strategy is not None and not str(strategy).startswith(("auto", "ddp", "single_device")):
+        raise ValueError(
+            f"strategy={strategy!r} is not supported by {cfg.method}: the teacher's average, the centre and "
+            "the prototypes need whole parameters in every process; set strategy=ddp (or auto)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -241,16 +242,16 @@ def test_find_checkpoint__newest_whole_one_of_this_run(tmp_path, capsys):
 
 
 def test_failed_write__old_file_kept_and_named(tmp_path, monkeypatch):
-    """A full disk, in the middle of the second checkpoint."""
-    saved = Trainer.save_checkpoint
+    """A disk that is full when the second checkpoint is written; the real thing is in tests/robustness."""
+    sync, calls = os.fsync, []
 
-    def full_disk(self: Trainer, path: Path, *args: Any, **kwargs: Any) -> None:
-        if self.current_epoch == 1:
-            Path(path).write_bytes(b"half")
+    def full_disk(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        saved(self, path, *args, **kwargs)
+        sync(descriptor)
 
-    monkeypatch.setattr(Trainer, "save_checkpoint", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     cfg = _cfg(tmp_path)
     with pytest.raises(OSError) as caught:
         _train(cfg)
@@ -259,6 +260,39 @@ def test_failed_write__old_file_kept_and_named(tmp_path, monkeypatch):
     assert "run-ep0.ckpt is untouched" in message
     assert [Path(n).name for n in _files(tmp_path)] == ["args.json", "run-ep0.ckpt"]
     assert is_whole(find_checkpoint(cfg))
+
+
+@pytest.mark.parametrize("key", ["name", "method"])
+@pytest.mark.parametrize("value", ["../elsewhere", "/etc/run", "a/b", "..", ""])
+def test_names_that_leave_the_folder__refused(tmp_path, key, value):
+    with pytest.raises(ValueError, match=rf"{key}='{value}' must be a plain name"):
+        Checkpointer(_cfg(tmp_path, **{key: value}))
+
+
+def test_find_checkpoint__steps_between_epochs(tmp_path):
+    """What a signal saved comes after the epoch before it and before the end of its own."""
+    cfg = _cfg(tmp_path)
+    content = _first_epoch(tmp_path / "other")
+    folder = Checkpointer(cfg).path
+    folder.joinpath("previous").mkdir(parents=True)
+    for name in ("previous/run-ep9.ckpt", "run-ep10-step90.ckpt", "run-ep10-step101.ckpt"):
+        folder.joinpath(name).write_bytes(content)
+        assert find_checkpoint(cfg) == folder / name
+    folder.joinpath("run-ep10.ckpt").write_bytes(content)
+    assert find_checkpoint(cfg).name == "run-ep10.ckpt"
+
+
+def test_damaged_newest__put_aside_so_that_it_does_not_displace_the_one_before(tmp_path):
+    cfg = _cfg(tmp_path)
+    first = _checkpointer(_train(cfg, epochs=1)).last_ckpt
+    first.with_name("run-ep1-step3.ckpt").write_bytes(b"PK half")
+    _train(cfg, epochs=2, ckpt_path=first)
+    assert [Path(n).name for n in _files(first.parent)] == [
+        "args.json",
+        "run-ep0.ckpt",
+        "run-ep1-step3.ckpt.damaged",
+        "run-ep1.ckpt",
+    ]
 
 
 def test_interrupted_write__leftover_is_cleared_away(tmp_path):

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from dinovmf_plugin import host
 from dinovmf_plugin.host.config import count_devices, parse_cfg
 
+RRC = {"enabled": True, "crop_min_scale": 0.2, "crop_max_scale": 1.0}
 RECIPE: dict[str, Any] = {
     "name": "run",
     "method": "dino_vmf",
@@ -19,9 +20,9 @@ RECIPE: dict[str, Any] = {
     "backbone": {"name": "vit_small"},
     "data": {"dataset": "imagenet100", "train_path": "train", "val_path": "val"},
     "augmentations": [
-        {"crop_size": 224, "num_crops": 1},
-        {"crop_size": 224, "num_crops": 1},
-        {"crop_size": 96, "num_crops": 10},
+        {"crop_size": 224, "num_crops": 1, "rrc": RRC},
+        {"crop_size": 224, "num_crops": 1, "rrc": RRC},
+        {"crop_size": 96, "num_crops": 10, "rrc": RRC},
     ],
     "optimizer": {
         "name": "adamw",

@@ -128,6 +128,8 @@ BAD_CONFIGS = [
     ("momentum.base_tau", -0.1, ["momentum.base_tau=-0.1", "[0, 1]"]),
     ("momentum.final_tau", 0.5, ["momentum.final_tau=0.5", "[0.99, 1]"]),
     ("scheduler.warmup_epochs", 3, ["scheduler.warmup_epochs=3", "[0, 2]"]),
+    ("strategy", "fsdp", ["strategy='fsdp'", "dino_vmf", "strategy=ddp"]),
+    ("strategy", "deepspeed_stage_3", ["strategy='deepspeed_stage_3'", "strategy=ddp"]),
     ("momentum.classifier", True, ["momentum.classifier=True", "main_linear"]),
     ("method_kwargs.teacher_temperature", 0.2, ["teacher_temperature=0.2", "student"]),
     ("method_kwargs.normalisation", "l2", ["normalisation", "did you mean normalization?"]),
