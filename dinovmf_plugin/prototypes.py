@@ -78,6 +78,15 @@ class Prototypes(nn.Module):
             torch.ones(num_prototypes, 1), requires_grad=normalization != "l2"
         )
 
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # `module.bfloat16()` and Lightning's bf16-true would leave magnitudes near 1 in steps of 0.004 to
+        # 0.008, more than an optimiser step: they follow the device and stay float32, as the centre does.
+        exact = self.weight_g.data
+        super()._apply(fn, recurse)
+        if self.weight_g.dtype != torch.float32:
+            self.weight_g.data = exact.to(device=self.weight_g.device, dtype=torch.float32)
+        return self
+
     def directions(self) -> Tensor:
         """Unit prototype directions ``mu_k``, ``(K, p)``; a negative magnitude flips the sign."""
         return F.normalize(self.weight_v.float(), dim=-1) * torch.where(
