@@ -29,10 +29,10 @@ __all__ = ["run_demo"]
 
 def _recipe(cfg: DictConfig, method: str, folder: Path) -> DictConfig:
     """The demo's recipe for one method: what ``main_pretrain --config-name demo_recipe`` would run."""
-    settings = OmegaConf.to_container(cfg.method_settings.get(method, {}))
+    settings: Any = OmegaConf.to_container(cfg.method_settings)
     return compose_recipe(
         "demo_recipe",
-        Candidate(method, settings=settings),  # type: ignore[arg-type]
+        Candidate(method, settings=settings.get(method, {})),
         seed=cfg.seed,
         overrides=list(cfg.overrides),
         data={"train_path": str(folder / "train"), "val_path": str(folder / "val")},
