@@ -102,7 +102,7 @@ def test_fit__two_ddp_processes__equal_the_joined_batch(small_cfg, make_crops, b
         **{
             "backbone.kwargs.drop_path_rate": 0.0,
             "optimizer.name": "sgd",
-            "optimizer.lr": 0.1,
+            "optimizer.lr": 0.005,
             "scheduler.name": "none",
             "momentum.base_tau": 0.5,
             "method_kwargs.use_bn_in_head": False,
@@ -110,18 +110,18 @@ def test_fit__two_ddp_processes__equal_the_joined_batch(small_cfg, make_crops, b
             **overrides,
         },
     )
-    batches = [make_crops(small=1, seed=step) for step in range(3)]
+    batches = [make_crops(small=1, seed=step) for step in range(5)]
     if (
         "ibot" in method
     ):  # no masked patch on the first rank in the first step, none at all in the last
-        for step, images in ((0, 2), (2, 4)):
+        for step, images in ((0, 2), (4, 4)):
             large = batches[step][1][:2]
             for crop in large:
                 crop[:images] = -crop[:images].abs()
             assert not any(_content_masks(crop[:images]).any() for crop in large)
         counts = [int(_content_masks(batch[1][0]).sum()) for batch in batches]
         assert counts[0] > 0 < counts[1]
-        assert counts[2] == 0
+        assert counts[4] == 0
     module = build(cfg)
     start = copy.deepcopy(module.state_dict())
     first, second = ddp(_rank, OmegaConf.to_container(cfg), start, batches)
@@ -131,7 +131,7 @@ def test_fit__two_ddp_processes__equal_the_joined_batch(small_cfg, make_crops, b
     for name, value in joined.items():
         torch.testing.assert_close(first[1][name], second[1][name], rtol=0, atol=0, msg=name)
         torch.testing.assert_close(
-            first[1][name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            first[1][name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
         moved = max(moved, float((value - start[name]).abs().max()))
     assert moved > 1e-2
