@@ -42,11 +42,13 @@ def worker_start_method(num_workers: int) -> str | None:
         >>> worker_start_method(0) is None
         True
     """
-    if num_workers == 0 or "nvidia.dali" not in sys.modules:
+    if num_workers == 0:
         return None
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         # joblib's processes (hydra's launcher) call theirs "loky", a name that workers do not know
         multiprocessing.set_start_method("forkserver", force=True)
+    elif "nvidia.dali" not in sys.modules:
+        return None
     # workers end with the server that forked them: it inherits a mask against signals to the whole job
     resource_tracker.ensure_running()  # would start with the server, and clears the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -143,24 +143,24 @@ def test_center_crop__bad_input() -> None:
 
 
 _IN_JOBLIB = """
-import sys
+import importlib, sys
 from joblib import Parallel, delayed
 
-def count(folder):
-    import nvidia.dali
+def count(folder, module):
+    importlib.import_module(module)
     from dinovmf_plugin.data.evaluation_loaders import evaluation_loader
     from dinovmf_plugin.data.folders import list_images
     from dinovmf_plugin.data.loaders import FolderSource
     loader = evaluation_loader(FolderSource(list_images(folder)), num_workers=1)
     return sum(len(images) for images, _ in loader)
 
-print(*Parallel(n_jobs=2)(delayed(count)(folder) for folder in [sys.argv[1]] * 2))
+print(*Parallel(n_jobs=2)(delayed(count)(sys.argv[1], module) for module in sys.argv[2:]))
 """
 
 
 def test_workers_in_joblibs_processes(folder: Path) -> None:
     """hydra's joblib launcher: their start method is called "loky", which no other process knows."""
     pytest.importorskip("nvidia.dali", reason="without DALI workers are forked")
-    command = [sys.executable, "-c", _IN_JOBLIB, str(folder)]
+    command = [sys.executable, "-c", _IN_JOBLIB, str(folder), "nvidia.dali", "json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["22", "22"], done.stderr
