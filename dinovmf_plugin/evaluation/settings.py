@@ -188,9 +188,9 @@ class TransferSettings(_OneFeature):
     num_values: int = 45
     folds: int = 5
     select: str = "top1"
-    tol: float = 1e-4
+    tol: float = 1e-5
     max_iter: int = 100
-    n_jobs: int = 1
+    n_jobs: int | None = None
 
     @property
     def weight_decays(self) -> list[float]:
@@ -204,6 +204,9 @@ class TransferSettings(_OneFeature):
         _one_of("transfer.select", self.select, ("top1", "mean_per_class"))
         _at_least("transfer.folds", self.folds, 2)
         _at_least("transfer.num_values", self.num_values, 1)
+        _at_least("transfer.max_iter", self.max_iter, 1)
+        if self.n_jobs is not None:
+            _at_least("transfer.n_jobs", self.n_jobs, 1)
         if self.datasets is not None and self.root is None:
             raise ValueError(
                 f"transfer.datasets={list(self.datasets)} needs transfer.root, the folder that holds them"

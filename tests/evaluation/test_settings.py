@@ -115,6 +115,8 @@ def test_finetuning_recipes(compose):
         (["transfer.folds=1"], "transfer.folds=1 must be at least 2"),
         (["transfer.select=best"], "transfer.select='best'"),
         (["transfer.datasets=[dtd]"], "needs transfer.root"),
+        (["transfer.n_jobs=0"], "transfer.n_jobs=0 must be at least 1"),
+        (["transfer.max_iter=0"], "transfer.max_iter=0 must be at least 1"),
     ],
 )
 def test_bad_values_name_their_key(compose, overrides, message):

@@ -90,6 +90,26 @@ def test_warm_starts_save_iterations_and_change_nothing(monkeypatch):
     assert in_folds < 0.9 * sum(iterations[: 17 * 5])
 
 
+def test_a_common_offset_changes_neither_the_optimum_nor_the_effort():
+    """Raw CLS tokens have one; uncentred, it keeps lbfgs from converging."""
+    x, y = _data(150, 3, 1)
+    x_test, y_test = _data(90, 3, 2)
+    grid = np.logspace(-1, 3, 5).tolist()
+    plain = cross_validated_accuracy(x, y, x_test, y_test, weight_decays=grid, tol=1e-6)
+    far, far_test = x + 300, x_test + 300
+    kept = far.copy(), far_test.copy()
+    found = cross_validated_accuracy(far, y, far_test, y_test, weight_decays=grid, tol=1e-6)
+    assert found == plain
+    assert found["unfinished_fits"] == 0
+    # the same as scikit-learn's own optimum of the offset features, given all the time it wants
+    reference = LogisticRegression(C=1 / found["weight_decay"], tol=1e-7, max_iter=100_000)
+    right = reference.fit(far, y).predict(far_test) == y_test
+    assert found["top1"] == pytest.approx(100 * right.mean())
+    assert int(reference.n_iter_[0]) > 100
+    np.testing.assert_array_equal(far, kept[0])  # the caller's arrays are not touched
+    np.testing.assert_array_equal(far_test, kept[1])
+
+
 def test_unfinished_fits_are_counted():
     x, y = _data(60, 3, 1)
     found = cross_validated_accuracy(x, y, x, y, weight_decays=[1e-6, 1.0], max_iter=1)
@@ -128,6 +148,7 @@ def test_labels_of_any_value_and_metrics_that_differ():
         ({"weight_decays": [0.0]}, "all positive"),
         ({"select": "top5"}, "select='top5' must be one of"),
         ({"folds": 1}, "folds=1 must be at least 2"),
+        ({"n_jobs": 0}, "n_jobs=0 must be at least 1"),
     ],
 )
 def test_bad_input_is_refused(change, message):
