@@ -124,12 +124,12 @@ class SlowMSN:
         for p in self.encoder:
             p.grad *= min(1.0, s.clip_grad / float(norm + 1e-6))
         progress = self.count / self.total
-        # one epoch of warm-up: two values from 0.01 to the peak; then the stretched cosine
-        fall = max(self.count - 2, 0) / (self.total - 2)
+        # one epoch of warm-up: four values from 0.01 to the peak; then the stretched cosine
+        fall = max(self.count - 4, 0) / (self.total - 4)
         for group, decay in zip(self.optimizer.param_groups, (True, False), strict=True):
             group["lr"] = 1e-6 + (0.1 - 1e-6) * (1 + math.cos(math.pi * fall)) / 2
-            if self.count < 2:
-                group["lr"] = (0.01, 0.1)[self.count]
+            if self.count < 4:
+                group["lr"] = (0.01, 0.04, 0.07, 0.1)[self.count]
             wd = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2
             group["weight_decay"] = wd if decay else 0.0
         self.optimizer.step()
@@ -146,10 +146,10 @@ class SlowMSN:
 
 
 @pytest.mark.parametrize(("normalization", "centering"), CELLS)
-def test_fit__four_steps__equals_slow_loop(
+def test_fit__eight_steps__equals_slow_loop(
     msn_cfg, crop_loader, build, fit, normalization, centering
 ):
-    """Losses and all parameters; the schedules run over 5 steps, of which 4 are made in 2 epochs."""
+    """Losses and all parameters; the schedules run over 10 steps, of which 8 are made in 2 epochs."""
     cfg = msn_cfg(
         "msn",
         **{
@@ -171,14 +171,14 @@ def test_fit__four_steps__equals_slow_loop(
     module = build(cfg)
     if normalization == "vmf":
         torch.nn.init.uniform_(module.prototypes.weight_g, 0.5, 3)
-    slow = SlowMSN(copy.deepcopy(module), steps=4)
+    slow = SlowMSN(copy.deepcopy(module), steps=8)
     kept, draw = [], module.draw_kept_patches
     module.draw_kept_patches = lambda images: kept.append(draw(images)) or kept[-1]
     losses = Watch(lambda m: float(m.trainer.callback_metrics["train_loss_step"]))
-    loader = crop_loader(steps=2)
+    loader = crop_loader(steps=4)
     fit(module, loader, callbacks=[losses])
 
-    assert [len(keep) for keep in kept] == [math.floor(0.7 * 16)] * 4
+    assert [len(keep) for keep in kept] == [math.floor(0.7 * 16)] * 8
     assert len({tuple(keep.tolist()) for keep in kept}) > 1
     crops = [batch[1] for batch in loader] * 2
     expected = [slow.step(x, keep) for x, keep in zip(crops, kept, strict=True)]
