@@ -105,7 +105,14 @@ def test_folder_without_permission__named_before_training(start, recipe, write_p
 
 
 @pytest.mark.parametrize("more", [("data.format=image_folder",), ("data.format=dali",)])
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "deleted"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        pytest.param("emptied", marks=pytest.mark.slow),
+        pytest.param("deleted", marks=pytest.mark.slow),
+    ],
+)
 def test_image_damaged_after_the_check__named_and_nothing_lost(
     damage, more, start, recipe, pictures, checkpoints, only_file, assert_same_run, tmp_path
 ):
