@@ -420,4 +420,5 @@ def test_half_precision__float32_where_it_matters(
     assert module.centering.center.abs().sum() > 0
     assert bool(torch.isfinite(trainer.callback_metrics["train_loss"]))
     expected = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
-    assert module.head.last_layer.weight_g.dtype == expected
+    assert module.head.last_layer.weight_v.dtype == expected
+    assert module.head.last_layer.weight_g.dtype == torch.float32
