@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, delayed
 from numpy.typing import ArrayLike, NDArray
 from sklearn.model_selection import StratifiedKFold
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 from tqdm import tqdm
 
 from dinovmf_plugin.evaluation.logistic import (
@@ -72,6 +72,11 @@ def _scores_along_path(
     return [scores[i] for i in range(len(weight_decays))], unfinished
 
 
+def _blas_threads() -> int:
+    pools = (pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+    return max(pools, default=1)
+
+
 def check_folds(labels: ArrayLike, folds: int, name: str = "training set") -> None:
     """Refuses labels that would leave a class out of a fold.
 
@@ -121,7 +126,8 @@ def cross_validated_accuracy(
         seed: of the shuffle before the folds are cut.
         tol: of the solver (lbfgs on the mean loss): largest entry of the gradient.
         max_iter: of each fit; fits start from the previous strength's solution.
-        n_jobs: folds that run at once, in threads that share the cores; None: as many as there are cores.
+        n_jobs: folds that run at once, in threads that share the cores; None: as many as BLAS may use
+            threads (all cores, or what OMP_NUM_THREADS says).
         progress: show a progress bar.
         name: of the training set, for messages.
 
@@ -143,9 +149,7 @@ def cross_validated_accuracy(
     if not len(weight_decays) or min(weight_decays) <= 0:
         raise ValueError("weight_decays must name at least one strength, all positive")
     if n_jobs is not None and n_jobs < 1:
-        raise ValueError(
-            f"n_jobs={n_jobs} must be at least 1, or None for as many as there are cores"
-        )
+        raise ValueError(f"n_jobs={n_jobs} must be at least 1, or None for one per core")
     check_folds(y, folds, name)
     unknown = np.setdiff1d(y_test, y)
     if len(unknown):
@@ -161,8 +165,9 @@ def cross_validated_accuracy(
 
     # threads, since the solver spends its time in BLAS: nothing is imported anew. Whole folds beside each
     # other waste less than one fold's products cut into pieces.
-    workers = min(folds, n_jobs or cpu_count())
-    with bar, quiet_convergence(), threadpool_limits(max(1, cpu_count() // workers)):
+    allowed = _blas_threads()
+    workers = min(folds, n_jobs or allowed)
+    with bar, quiet_convergence(), threadpool_limits(max(1, allowed // workers)):
         jobs = (delayed(fold)(*rows) for rows in cut.split(x, y))
         results = Parallel(n_jobs=workers, prefer="threads")(jobs)
     mean = np.mean([scores for scores, _ in results], axis=0)

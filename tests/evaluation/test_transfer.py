@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
+from threadpoolctl import threadpool_limits
 
 from dinovmf_plugin.evaluation.transfer import WEIGHT_DECAYS, cross_validated_accuracy
 
@@ -63,6 +64,30 @@ def test_folds_in_parallel_give_the_same():
     inputs = (x, y, *_data(30, 3, 2))
     one = cross_validated_accuracy(*inputs, weight_decays=[1.0, 100.0])
     assert cross_validated_accuracy(*inputs, weight_decays=[1.0, 100.0], n_jobs=2) == one
+
+
+def test_folds_share_the_threads_that_blas_may_use(monkeypatch):
+    from dinovmf_plugin.evaluation import transfer
+
+    seen = []
+
+    def spy(*args, fit=transfer._scores_along_path):
+        seen.append(transfer._blas_threads())
+        return fit(*args)
+
+    monkeypatch.setattr(transfer, "_scores_along_path", spy)
+    x, y = _data(60, 3, 1)
+    with threadpool_limits(1):  # as OMP_NUM_THREADS=1
+        cross_validated_accuracy(x, y, x, y, weight_decays=[1.0])
+        assert seen == [1] * 6
+    with threadpool_limits(2):
+        seen.clear()
+        cross_validated_accuracy(x, y, x, y, weight_decays=[1.0], n_jobs=1)
+        assert seen == [2] * 6
+        seen.clear()
+        cross_validated_accuracy(x, y, x, y, weight_decays=[1.0])
+        assert seen == [1] * 5 + [2]  # two folds at once, then the fit on everything
+        assert transfer._blas_threads() == 2
 
 
 def test_warm_starts_save_iterations_and_change_nothing(monkeypatch):
