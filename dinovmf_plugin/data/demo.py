@@ -114,12 +114,26 @@ def _read_elpv() -> Pictures:
     return Pictures(labels, [path.stem for path in paths], lambda index: Image.open(paths[index]))
 
 
+_ANIMALS = (
+    "bear",
+    "bird",
+    "cat",
+    "cow",
+    "dog",
+    "elephant",
+    "giraffe",
+    "horse",
+    "sheep",
+    "zebra",
+)
+
+
 def _read_animals() -> Pictures:
     arrays = [
         load_pickled_array(gzip.decompress(_file("animal-mnist", ending).read_bytes()))
         for ending in ("animal_data_version_3.gz", "animal_label_version_3.gz")
     ]
-    pixels, labels = np.asarray(arrays[0]), [str(label) for label in arrays[1]]
+    pixels, labels = np.asarray(arrays[0]), [_ANIMALS[int(label)] for label in arrays[1]]
     names = [f"{index:05d}" for index in range(len(labels))]
     return Pictures(labels, names, lambda index: Image.fromarray(pixels[index].astype(np.uint8)))
 

@@ -82,6 +82,7 @@ def _monitored(methods: Mapping[str, Any], kind: str, key: str) -> Callable[[Axe
         for name, result in methods.items():
             records = [r for r in result["monitor"][kind] if r.get(key) is not None]
             axes.plot([r[x] + offset for r in records], [r[key] for r in records], ".-", label=name)
+        axes.set_ylim(bottom=0)
 
     return draw
 
@@ -141,7 +142,7 @@ def _neighbour_sheets(
         for value, index in zip(values[row].tolist(), indices[row].tolist(), strict=True):
             label = int(labels[index])
             mark = "✓" if label == truth else "✗"
-            caption = f"{mark} {train.classes[label]} {value:.2f}"
+            caption = f"{mark} {train.classes[label]} {value:.4f}"  # nearly parallel features
             pictures.append(thumbnail(train.path(index), 96, caption=caption))
         right = int((labels[indices[row]] == truth).sum())
         sheets.append(
