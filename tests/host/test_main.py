@@ -55,8 +55,9 @@ def pictures(tmp_path_factory) -> Path:
     return root
 
 
-def _python(*arguments: str, folder: Path) -> str:
-    path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+def _python(*arguments: str, folder: Path, first: Path = CHECKOUT) -> str:
+    """Output of a Python process; its modules come from ``first``, then from solo-learn main."""
+    path = os.pathsep.join([str(first), str(CHECKOUT), os.environ.get("PYTHONPATH", "")])
     out = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -72,9 +73,8 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.rglob(pattern))
 
 
-@needs_scripts
-def test_unmodified_main_pretrain_then_main_knn(pictures, tmp_path):
-    overrides: list[Any] = [
+def _overrides(pictures: Path, tmp_path: Path) -> list[Any]:
+    return [
         f"data.train_path={pictures / 'train'}",
         f"data.val_path={pictures / 'val'}",
         f"checkpoint.dir={tmp_path / 'runs'}",
@@ -94,7 +94,12 @@ def test_unmodified_main_pretrain_then_main_knn(pictures, tmp_path):
         "knn_eval.k=2",
         "+enable_progress_bar=False",
     ]
+
+
+@needs_scripts
+def test_unmodified_main_pretrain_then_main_knn(pictures, tmp_path):
     script = str(CHECKOUT / "main_pretrain.py")
+    overrides = _overrides(pictures, tmp_path)
     _python(script, "--config-name", "custom/dino_vmf", *overrides, folder=tmp_path)
     (checkpoint,) = _files(tmp_path / "runs", "*-ep1.ckpt")
     assert checkpoint.parent.parent.name == "dino_vmf"
@@ -117,3 +122,62 @@ def test_unmodified_main_pretrain_then_main_knn(pictures, tmp_path):
     results = [float(x) for x in re.findall(r"Result: acc@1=([\d.]+)", out)]
     assert len(results) == 8  # 2 features x 2 k x 2 distances
     assert results[0] >= 75  # backbone, cosine, k = 1: red and blue are not hard to tell apart
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A folder with what the wheel installs."""
+    built, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    source = Path(__file__).parents[2]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(built), str(source)], check=True)
+    (file,) = built.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(file)], check=True)
+    return site
+
+
+@pytest.mark.slow
+@needs_scripts
+def test_unmodified_main_pretrain__plugin_from_a_wheel(wheel, pictures, tmp_path):
+    code = "import dinovmf_plugin as a, hydra_plugins.dinovmf as b; print(a.__file__, b.__file__)"
+    for file in _python("-c", code, folder=tmp_path, first=wheel).split():
+        assert Path(file).is_relative_to(wheel)
+    script = str(CHECKOUT / "main_pretrain.py")
+    overrides = [*_overrides(pictures, tmp_path), "max_epochs=1"]
+    _python(script, "--config-name", "custom/dino_vmf", *overrides, folder=tmp_path, first=wheel)
+    (checkpoint,) = _files(tmp_path / "runs", "*-ep0.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["dinovmf_plugin"]["cfg"]["method"] == "dino_vmf"
+
+
+@needs_scripts
+def test_unmodified_main_pretrain__own_config_and_method(pictures, tmp_path):
+    """solo-learn's BYOL from its own config folder: the plugin is installed and stays out of the way."""
+    script = str(CHECKOUT / "main_pretrain.py")
+    overrides = [
+        f"data.train_path={pictures / 'train'}",
+        f"data.val_path={pictures / 'val'}",
+        f"checkpoint.dir={tmp_path / 'runs'}",
+        "data.format=image_folder",
+        "data.num_workers=0",
+        "method_kwargs.proj_hidden_dim=16",
+        "method_kwargs.pred_hidden_dim=16",
+        "optimizer.batch_size=4",
+        "++scheduler.warmup_epochs=0",
+        "auto_resume.enabled=False",
+        "max_epochs=1",
+        "accelerator=cpu",
+        "devices='1'",
+        "strategy=auto",
+        "sync_batchnorm=False",
+        "precision=32-true",
+        "wandb.enabled=False",
+        "+enable_progress_bar=False",
+    ]
+    folder = str(CHECKOUT / "scripts" / "pretrain" / "custom")
+    arguments = ["--config-path", folder, "--config-name", "byol", *overrides]
+    _python(script, *arguments, folder=tmp_path)
+    (checkpoint,) = _files(tmp_path / "runs", "*.ckpt")
+    content = torch.load(checkpoint, weights_only=False)
+    assert "dinovmf_plugin" not in content
+    assert any(name.startswith("momentum_projector.") for name in content["state_dict"])
