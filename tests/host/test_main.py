@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,7 +130,9 @@ def wheel(tmp_path_factory) -> Path:
     """A folder with what the wheel installs."""
     built, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    source = Path(__file__).parents[2]
+    source = built / "source"  # a copy: a build leaves files behind
+    skip = shutil.ignore_patterns(".*", "build", "results", "tests", "*.egg-info", "__pycache__")
+    shutil.copytree(Path(__file__).parents[2], source, ignore=skip)
     subprocess.run([*pip, "wheel", "--no-deps", "-w", str(built), str(source)], check=True)
     (file,) = built.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(file)], check=True)
