@@ -7,13 +7,22 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Callable, Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["machine", "parse_arguments", "peak_growth", "write_report"]
+__all__ = [
+    "check_choice",
+    "in_own_process",
+    "machine",
+    "parse_arguments",
+    "peak_growth",
+    "write_report",
+]
 
 
 def parse_arguments(argv: list[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +53,31 @@ def parse_arguments(argv: list[str], defaults: Mapping[str, Any]) -> dict[str, A
             f"output={settings['output']} exists: remove it or choose another name"
         )
     return settings
+
+
+def check_choice(settings: Mapping[str, Any], key: str, known: Iterable[str]) -> None:
+    """Refuse an entry of a comma-separated setting that is not ``known``.
+
+    Raises:
+        ValueError: naming the key, the entry and what there is.
+    """
+    for value in settings[key].split(","):
+        if value not in known:
+            raise ValueError(f"{key}={value!r} is unknown: choose from {', '.join(known)}")
+
+
+def in_own_process(module: str, function: str, *arguments: Any) -> Any:
+    """What ``module.function(*arguments)`` returns in a fresh process; both ways as JSON.
+
+    Raises:
+        RuntimeError: if it failed, with what it printed.
+    """
+    call = f"b.{function}(*json.loads({json.dumps(arguments)!r}))"
+    code = f"import json, {module} as b; print(json.dumps({call}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{function} of {module} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine() -> dict[str, Any]:

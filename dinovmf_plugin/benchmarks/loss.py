@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinovmf_plugin.benchmarks.harness import (
+    check_choice,
+    in_own_process,
+    machine,
+    parse_arguments,
+    peak_growth,
+    write_report,
+)
 from dinovmf_plugin.benchmarks.loss_candidates import CANDIDATES, Workload
 from dinovmf_plugin.losses.chunked import multiplies_natively
 
@@ -94,14 +96,6 @@ def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) 
     }
 
 
-def _status(key: str) -> int:
-    """A memory figure of this process in bytes, from /proc/self/status (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}: peak memory can be measured on Linux only")
-
-
 def peak_memory(name: str, settings: dict[str, Any], batch: int, half: bool) -> int:
     """Bytes by which this process's resident set grows, at most, in two steps of a candidate.
 
@@ -113,83 +107,35 @@ def peak_memory(name: str, settings: dict[str, Any], batch: int, half: bool) -> 
     Workload(2, 512, dim, crops, half, device).candidate(name)()
     load = Workload(batch, settings["prototypes"], dim, crops, half, device)
     step = load.candidate(name)
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
+
+    def two_steps() -> None:
         for _ in range(2):
             kept = step()
             del kept
-        return torch.cuda.max_memory_allocated() - allocated
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    for _ in range(2):
-        kept = step()
-        del kept
-    return _status("VmHWM") - before
+
+    if device == "cpu":
+        return peak_growth(two_steps)
+    torch.cuda.reset_peak_memory_stats()
+    allocated = torch.cuda.memory_allocated()
+    two_steps()
+    return torch.cuda.max_memory_allocated() - allocated
 
 
 def _fresh_peak(name: str, settings: dict[str, Any], batch: int, half: bool) -> float:
     """``peak_memory`` in MB (1e6 bytes), on a CPU in a process that did nothing else."""
     if settings["device"] == "cuda":
         return peak_memory(name, settings, batch, half) / 1e6
-    job = json.dumps([name, settings, batch, half])
     module = "dinovmf_plugin.benchmarks.loss"
-    code = f"import json, {module} as b; print(b.peak_memory(*json.loads({job!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the memory measurement of {name} failed:\n{done.stderr}")
-    return int(done.stdout.split()[-1]) / 1e6
+    return float(in_own_process(module, "peak_memory", name, settings, batch, half)) / 1e6
 
 
-def _machine(device: str) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [x.split(":", 1)[1] for x in info.read_text().splitlines() if "model name" in x]
-        cpu = names[0].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "bf16_products": multiplies_natively(torch.bfloat16, device),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _parse(argv: list[str]) -> dict[str, Any]:
-    settings = dict(DEFAULTS)
-    for argument in argv:
-        key, separator, value = argument.removeprefix("--").partition("=")
-        if not separator or key not in DEFAULTS:
-            raise ValueError(
-                f"argument {argument!r} is unknown: write key=value with one of {', '.join(DEFAULTS)}"
-            )
-        try:
-            settings[key] = type(DEFAULTS[key])(value)
-        except ValueError:
-            kind = type(DEFAULTS[key]).__name__
-            raise ValueError(f"{key}={value!r} is not of type {kind}") from None
+def _check(settings: dict[str, Any]) -> None:
     sizes = settings["batch"].split(",")
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise ValueError(f"batch={settings['batch']!r} must be numbers of images, such as 16,64")
-    known_values: dict[str, tuple[str, ...]] = {
-        "precision": ("float32", "bf16"),
-        "candidates": CANDIDATES,
-        "device": ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",),
-    }
-    for key, known in known_values.items():
-        for value in settings[key].split(","):
-            if value not in known:
-                raise ValueError(f"{key}={value!r} is unknown: choose from {', '.join(known)}")
-    if settings["output"] and Path(settings["output"]).exists():
-        raise FileExistsError(
-            f"output={settings['output']} exists: remove it or choose another name"
-        )
-    return settings
+    check_choice(settings, "precision", ("float32", "bf16"))
+    check_choice(settings, "candidates", CANDIDATES)
+    check_choice(settings, "device", ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
 
 
 def _ratios(values: dict[str, float]) -> dict[str, float]:
@@ -225,15 +171,21 @@ def main(argv: list[str]) -> None:
         ValueError: for an unknown key or value.
         FileExistsError: if the output exists already.
     """
-    settings = _parse(argv)
+    settings = parse_arguments(argv, DEFAULTS)
+    _check(settings)
     names = settings["candidates"].split(",")
     if "lightly" in names and importlib.util.find_spec("lightly") is None:
         print("lightly is not installed: left out (pip install lightly, to compare with it)")
         names.remove("lightly")
     if "none" not in names:
         names.insert(0, "none")  # everything is compared with it
-    machine = _machine(settings["device"])
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    device = settings["device"]
+    about = {
+        **machine(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "bf16_products": multiplies_natively(torch.bfloat16, device),
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = []
     for precision in settings["precision"].split(","):
         for batch in map(int, settings["batch"].split(",")):
@@ -246,11 +198,8 @@ def main(argv: list[str]) -> None:
             row["peak_ratio"] = _ratios(peaks) if peaks else {}
             _print(row)
             rows.append(row)
-    if settings["output"]:
-        command = "python scripts/benchmark.py loss " + shlex.join(argv)
-        report = {"command": command, "machine": machine, "settings": settings, "results": rows}
-        Path(settings["output"]).write_text(json.dumps(report, indent=2) + "\n")
-        print(f"\nwritten to {settings['output']}")
+    report = {"machine": about, "settings": settings, "results": rows}
+    write_report("loss", argv, report, settings["output"])
 
 
 if __name__ == "__main__":

@@ -11,19 +11,21 @@ centres are included; backbones and heads are not.
 
 from __future__ import annotations
 
-import gc
-import json
-import shlex
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinovmf_plugin.benchmarks.harness import (
+    check_choice,
+    in_own_process,
+    machine,
+    parse_arguments,
+    peak_growth,
+    write_report,
+)
 from dinovmf_plugin.centering import make_centering
 from dinovmf_plugin.losses.dino import dino_loss
 from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_patch_center
@@ -136,14 +138,6 @@ class Workload:
         return self.project("probability" if name == "ibot_vmf" else "logit")
 
 
-def _status(key: str) -> int:
-    """A memory figure of this process in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}: peak memory can be measured on Linux only")
-
-
 def measure(name: str, settings: dict[str, Any]) -> dict[str, float]:
     """CPU seconds of a step and the memory, in MB (1e6 bytes), by which this process grows in it.
 
@@ -152,12 +146,15 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, float]:
     normalization = "vmf" if name == "ibot_vmf" else "none"
     Workload({**settings, "batch": 2, "prototypes": 64}, normalization).run(name)
     load = Workload(settings, normalization)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = _status("VmRSS"), time.process_time()
-    result = load.run(name)
-    seconds, peak = time.process_time() - start, _status("VmHWM") - before
-    return {"loss": float(result["loss"]), "cpu_seconds": seconds, "peak_mb": peak / 1e6}
+    found: list[Any] = []
+
+    def step() -> None:
+        start = time.process_time()
+        found.append(float(load.run(name)["loss"]))
+        found.append(time.process_time() - start)
+
+    peak = peak_growth(step)
+    return {"loss": found[0], "cpu_seconds": found[1], "peak_mb": peak / 1e6}
 
 
 def _difference(settings: dict[str, Any]) -> dict[str, float]:
@@ -167,29 +164,6 @@ def _difference(settings: dict[str, Any]) -> dict[str, float]:
     return {
         key: float((ours[key] - plain[key]).abs().max() / plain[key].abs().max()) for key in ours
     }
-
-
-def _parse(argv: list[str]) -> dict[str, Any]:
-    settings = dict(DEFAULTS)
-    for argument in argv:
-        key, separator, value = argument.removeprefix("--").partition("=")
-        if not separator or key not in DEFAULTS:
-            raise ValueError(
-                f"argument {argument!r} is unknown: write key=value with one of {', '.join(DEFAULTS)}"
-            )
-        try:
-            settings[key] = type(DEFAULTS[key])(value)
-        except ValueError:
-            kind = type(DEFAULTS[key]).__name__
-            raise ValueError(f"{key}={value!r} is not of type {kind}") from None
-    for name in settings["candidates"].split(","):
-        if name not in CANDIDATES:
-            raise ValueError(f"candidates={name!r} is unknown: choose from {', '.join(CANDIDATES)}")
-    if settings["output"] and Path(settings["output"]).exists():
-        raise FileExistsError(
-            f"output={settings['output']} exists: remove it or choose another name"
-        )
-    return settings
 
 
 def main(argv: list[str]) -> None:
@@ -202,7 +176,8 @@ def main(argv: list[str]) -> None:
         ValueError: for an unknown key or value.
         FileExistsError: if the output exists already.
     """
-    settings = _parse(argv)
+    settings = parse_arguments(argv, DEFAULTS)
+    check_choice(settings, "candidates", CANDIDATES)
     masks = Workload({**settings, "dim": 4, "prototypes": 4}).masks
     masked = {"patches": masks.numel(), "masked": int(masks.sum())}
     print(
@@ -211,14 +186,9 @@ def main(argv: list[str]) -> None:
     )
     results: dict[str, dict[str, float]] = {}
     for name in settings["candidates"].split(","):
-        job = json.dumps([name, settings])
-        code = (
-            f"import json, {__spec__.name} as b; print(json.dumps(b.measure(*json.loads({job!r}))))"
+        results[name] = in_own_process(
+            "dinovmf_plugin.benchmarks.memory", "measure", name, settings
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"the measurement of {name} failed:\n{done.stderr}")
-        results[name] = json.loads(done.stdout.splitlines()[-1])
     largest = results.get("plain", {}).get("peak_mb")
     for name, row in results.items():
         share = f", {row['peak_mb'] / largest:.3f} of plain" if largest else ""
@@ -226,15 +196,6 @@ def main(argv: list[str]) -> None:
     difference = _difference(settings)
     worst = max(difference, key=lambda key: difference[key])
     print(f"  largest relative difference of ibot from plain: {difference[worst]:.1e} ({worst})")
-    if settings["output"]:
-        report = {
-            "command": "python scripts/benchmark.py memory " + shlex.join(argv),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "settings": settings,
-            **masked,
-            "results": results,
-            "difference": difference,
-        }
-        Path(settings["output"]).write_text(json.dumps(report, indent=2) + "\n")
-        print(f"  written to {settings['output']}")
+    report = {"machine": machine(), "settings": settings, **masked}
+    report |= {"results": results, "difference": difference}
+    write_report("memory", argv, report, settings["output"])
