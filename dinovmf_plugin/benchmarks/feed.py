@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
 from dinovmf_plugin.benchmarks.photos import write_photos
+from dinovmf_plugin.benchmarks.training import train_quietly
 from dinovmf_plugin.comparison.candidates import Candidate, compose_recipe
 from dinovmf_plugin.data.module import pretrain_loader
 from dinovmf_plugin.host.config import parse_cfg
@@ -138,18 +139,8 @@ def _train(
     window = _Window(settings["warmup"])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    Trainer(
-        accelerator=settings["device"],
-        devices=1,
-        precision=settings["precision"],
-        max_epochs=1,
-        callbacks=[window],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    ).fit(module, _Steps(batches, steps))
+    options = {"accelerator": settings["device"], "precision": settings["precision"]}
+    train_quietly(module, _Steps(batches, steps), window, **options)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     return window.seconds / settings["steps"], peak
 

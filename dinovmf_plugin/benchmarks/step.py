@@ -13,23 +13,20 @@ the time from one batch to the next: forward, loss, backward, optimiser, EMA and
 
 from __future__ import annotations
 
-import logging
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from dinovmf_plugin import host
 from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
+from dinovmf_plugin.benchmarks.training import train_quietly
 from dinovmf_plugin.comparison.candidates import Candidate, compose_recipe
 from dinovmf_plugin.host.config import parse_cfg
 from dinovmf_plugin.pretraining import build_method
@@ -139,32 +136,12 @@ def _batch(settings: dict[str, Any]) -> list[Any]:
     return [torch.arange(count), crops, torch.randint(_CLASSES, (count,), generator=generator)]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
-
-
 def _turn(settings: dict[str, Any], module: LightningModule, batch: list[Any]) -> list[float]:
     """Seconds of the measured steps of one short training."""
     clock, steps = _Clock(), settings["steps"] + 2
-    with _quiet():
-        Trainer(
-            accelerator=settings["accelerator"],
-            devices=1,
-            precision=settings["precision"],
-            max_epochs=1,
-            callbacks=[clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
+    loader: Any = DataLoader([batch] * steps, batch_size=None)  # type: ignore[arg-type]
+    options = {key: settings[key] for key in ("accelerator", "precision")}
+    train_quietly(module, loader, clock, **options)
     return clock.seconds
 
 
