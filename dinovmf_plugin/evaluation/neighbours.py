@@ -3,7 +3,8 @@
 A block of queries walks over the bank in chunks. Each chunk's similarities are thinned twice before
 anything is sorted: groups of ``_GROUP`` neighbours whose maximum does not beat a query's current k-th
 similarity are dropped whole, and of the rest only entries that beat it enter the query's reservoir.
-The cost is the matrix product plus some per cent; nothing of size queries x bank is ever kept.
+The cost is the matrix product plus some per cent; nothing of size queries x bank is ever kept. 1,000 queries
+against 1.28 M x 768 take 18 s of one core and 154 MB beside the bank (``results/benchmark_knn.json``).
 """
 
 from __future__ import annotations

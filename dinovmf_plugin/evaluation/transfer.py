@@ -7,7 +7,7 @@ fits once on the whole training set. Folds are stratified.
 
 The features' common offset, which is large where CLS tokens are raw, is subtracted before a fit: the
 intercept is not penalised, so the optimum is the same, and lbfgs gets there in a fraction of the
-iterations.
+iterations. 5,000 x 384 features of 100 classes take 85 s of one core (``results/benchmark_transfer.json``).
 """
 
 from __future__ import annotations
