@@ -124,6 +124,8 @@ def write_report(topic: str, argv: list[str], report: Mapping[str, Any], output:
     if output:
         kept = [argument for argument in argv if not argument.startswith("output=")]
         command = shlex.join(["python", "scripts/benchmark.py", topic, *kept])
+        settings = {key: value for key, value in report["settings"].items() if key != "output"}
+        content = {"command": command, **report, "settings": settings}
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps({"command": command, **report}, indent=2) + "\n")
+        Path(output).write_text(json.dumps(content, indent=2) + "\n")
         print(f"written to {output}")
