@@ -49,6 +49,8 @@ def worker_start_method(num_workers: int) -> str | None:
         multiprocessing.set_start_method("forkserver", force=True)
     elif "nvidia.dali" not in sys.modules:
         return None
+    # imported once by the server that forks the workers, not by every worker: seconds each
+    multiprocessing.set_forkserver_preload([__name__, "dinovmf_plugin.data.evaluation_loaders"])
     # workers end with the server that forked them: it inherits a mask against signals to the whole job
     resource_tracker.ensure_running()  # would start with the server, and clears the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

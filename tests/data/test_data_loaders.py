@@ -164,3 +164,22 @@ def test_workers_in_joblibs_processes(folder: Path) -> None:
     command = [sys.executable, "-c", _IN_JOBLIB, str(folder), "nvidia.dali", "json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split() == ["22", "22"], done.stderr
+
+
+_PRELOADED = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+import nvidia.dali
+from dinovmf_plugin.data.loaders import worker_start_method
+context = multiprocessing.get_context(worker_start_method(1))
+with ProcessPoolExecutor(1, mp_context=context) as pool:
+    loaded = pool.submit(eval, "'dinovmf_plugin.data.loaders' in __import__('sys').modules")
+    print(loaded.result())
+"""
+
+
+def test_workers_find_the_libraries_loaded() -> None:
+    pytest.importorskip("nvidia.dali", reason="without DALI workers are forked")
+    command = [sys.executable, "-c", _PRELOADED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["True"], done.stderr
