@@ -49,9 +49,10 @@ def test_sweeps_are_those_of_the_paper(configs: dict[str, DictConfig]) -> None:
         "seed": "0,1,2",
     }
     params = configs["compare"].hydra.sweeper.params
-    assert (
-        params.candidate
-        == "'dino_multicrop','dino_vmf','ibot','ibot_vmf','msn:teacher_temperature=0.025'"
+    patches = "teacher_patch_temperature=0.04,warmup_teacher_patch_temperature=0.04"
+    assert params.candidate == (
+        f"'dino_multicrop','dino_vmf','ibot:{patches}','ibot_vmf:{patches}',"
+        "'msn:teacher_temperature=0.025'"
     )
     assert (params.lr, params.seed) == ("null", "0,1,2")
 
