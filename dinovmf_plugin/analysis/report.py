@@ -152,7 +152,7 @@ def shown(value: object) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
+    return str(value).replace(" ± ", "\u00a0±\u00a0")  # never broken over two lines
 
 
 @dataclass

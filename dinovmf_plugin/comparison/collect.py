@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dinovmf_plugin.analysis.report import Page, table
 from dinovmf_plugin.comparison.charts import curve_charts, seeds_chart, stability_chart
 from dinovmf_plugin.comparison.paper_ablation import PAPER_ABLATION, PAPER_ABLATION_SEEDS
-from dinovmf_plugin.comparison.results import Group, group_runs, read_results
+from dinovmf_plugin.comparison.results import Group, group_runs, read_results, short_labels
 from dinovmf_plugin.comparison.stability import (
     breaking_points,
     stability_rows,
@@ -115,7 +116,9 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
     settings = results[0]["settings"]
     kind, k = settings["kind"], settings["k"]
     headline = f"knn_k{k}"
-    groups = _ordered(group_runs(results), kind)
+    whole = _ordered(group_runs(results), kind)
+    names = short_labels(list(dict.fromkeys(group.label for group in whole)))
+    groups = [replace(group, label=names[group.label]) for group in whole]
     varied = [group for group in groups if group.lr is not None]
     sentences = [] if varied else difference_sentences(groups, headline, _baseline(groups, kind))
     stability = stability_sentences(varied) if varied else []
@@ -127,8 +130,13 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "kind": kind,
         "headline": headline,
-        "groups": [_summary(group) for group in groups],
+        "groups": [_summary(group) for group in whole],
         "sentences": [*stability, *sentences],
+        "names": [
+            f"{short}: {label}."
+            for label, short in names.items()
+            if label != short and kind != "ablation"
+        ],
         "without_training": floor,
         "hours": round(hours, 3),
         "machines": _distinct([result["machine"] for result in results]),
@@ -179,7 +187,7 @@ def _setting(summary: dict[str, Any]) -> str:
 def _markdown(summary: dict[str, Any], tables: Sequence[tuple[str, Table]]) -> str:
     parts = [_setting(summary)]
     parts += [f"**{title}**\n\n{markdown(content)}" for title, content in tables]
-    parts += [summary["without_training"], _LIMITS]
+    parts += [summary["without_training"], _LIMITS, " ".join(summary["names"])]
     parts.append("\n".join(f"- {sentence}" for sentence in summary["sentences"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -200,6 +208,8 @@ def _page(
     for sentence in summary["sentences"]:
         page.text(sentence)
     page.text(f"{summary['without_training']} {_LIMITS}".strip(), note=True)
+    if summary["names"]:
+        page.text(" ".join(summary["names"]), note=True)
     ylabel = f"{metric_name(headline)}: top-1 (%)"
     if varied:
         page.charts((stability_chart(varied, headline, ylabel), "Accuracy over the learning rate"))

@@ -11,7 +11,7 @@ from typing import Any
 from dinovmf_plugin.comparison.outcome import TRAINS
 from dinovmf_plugin.comparison.run import RESULT
 
-__all__ = ["Group", "group_runs", "read_results"]
+__all__ = ["Group", "group_runs", "read_results", "short_labels"]
 
 
 def read_results(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -92,3 +92,26 @@ def group_runs(results: Sequence[dict[str, Any]]) -> list[Group]:
             yield Group(label, lr, sorted(runs, key=lambda run: run["seed"]))
 
     return list(groups())
+
+
+def short_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Labels for tables: a method that comes once is its name; one method's cells are their two switches.
+
+    Example:
+        >>> short_labels(["dino_vmf", "ibot teacher_patch_temperature=0.04"])
+        {'dino_vmf': 'dino_vmf', 'ibot teacher_patch_temperature=0.04': 'ibot'}
+        >>> list(short_labels([f"ibot normalization={n}, centering=logit" for n in ("none", "vmf")]).values())
+        ['none + logit', 'vmf + logit']
+    """
+    methods = [label.partition(" ")[0] for label in labels]
+    short = {}
+    for label, method in zip(labels, methods, strict=True):
+        rest = label.partition(" ")[2]
+        switches = rest.removeprefix("normalization=").replace(", centering=", " + ")
+        if methods.count(method) == 1:
+            short[label] = method
+        elif len(set(methods)) == 1 and "=" not in switches and " + " in switches:
+            short[label] = switches
+        else:
+            short[label] = label
+    return short

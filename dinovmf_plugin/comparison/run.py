@@ -23,6 +23,7 @@ from dinovmf_plugin.comparison.outcome import outcome_of
 from dinovmf_plugin.comparison.settings import RunSettings
 from dinovmf_plugin.comparison.training import train
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.evaluation.checks import NonFiniteFeaturesError
 from dinovmf_plugin.evaluation.run_folder import pick_device, write_json
 from dinovmf_plugin.evaluation.runner import all_versions, evaluate, keep_previous
 from dinovmf_plugin.host.checkpointer import choose_folder, find_checkpoint, run_identity
@@ -184,7 +185,10 @@ def run_one(settings: RunSettings) -> dict[str, Any]:
     }
     if outcome["checkpoint"] is not None:
         result["checkpoint"] = Path(outcome["checkpoint"]).name
-        result |= _evaluate(outcome["checkpoint"], parsed, settings, folder)
+        try:
+            result |= _evaluate(outcome["checkpoint"], parsed, settings, folder)
+        except NonFiniteFeaturesError as error:  # the last step broke it
+            result["diverged"] = str(error)
     result["outcome"] = outcome_of(result, parsed.method_kwargs.get("num_prototypes"), shared.k)
     result |= {
         "started": started.isoformat(timespec="seconds"),

@@ -17,6 +17,7 @@ from torch import nn
 
 from dinovmf_plugin.comparison.curve import CurveRecorder
 from dinovmf_plugin.data.module import validation_loader
+from dinovmf_plugin.evaluation.checks import NonFiniteFeaturesError
 from dinovmf_plugin.evaluation.features import extract_features
 from dinovmf_plugin.evaluation.knn import knn_accuracy
 from dinovmf_plugin.evaluation.run_folder import write_json
@@ -44,7 +45,7 @@ def _train_here(recipe: DictConfig, curve_every: int, k: int) -> dict[str, Any]:
     recorder = CurveRecorder(partial(_knn, parsed, k), curve_every)
     try:
         checkpoint = pretrain(recipe, [recorder])
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, NonFiniteFeaturesError) as error:
         return {"checkpoint": None, "diverged": str(error)}
     return {"checkpoint": str(checkpoint), "diverged": None}
 
@@ -61,8 +62,8 @@ def train(recipe: DictConfig, curve_every: int, k: int) -> dict[str, Any]:
         k: neighbours of these.
 
     Returns:
-        ``checkpoint``: path of the last one (None if the run diverged), and ``diverged``: None, or the
-        message of the ``NonFiniteLossError`` that ended it.
+        ``checkpoint``: path of the last one (None if the run diverged), and ``diverged``: None, or what
+        became NaN or infinite, the loss or the features of the evaluation while training.
 
     Raises:
         ValueError: if the recipe cannot be trained from here.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_features", "first_non_finite_row"]
+__all__ = ["NonFiniteFeaturesError", "check_features", "first_non_finite_row"]
 
 _ROWS = 65536
+
+
+class NonFiniteFeaturesError(ValueError):
+    """Features hold a NaN or infinity: the backbone that made them is broken."""
 
 
 def first_non_finite_row(features: Tensor) -> int | None:
@@ -31,7 +35,8 @@ def check_features(features: Tensor, labels: Tensor, name: str) -> None:
     """Refuses features that do not fit their labels, are empty, or are not finite.
 
     Raises:
-        ValueError: with the first fault; ``name`` says whose it is.
+        ValueError: with the first fault; ``name`` says whose it is. NonFiniteFeaturesError for a NaN or
+            infinity.
     """
     if features.ndim != 2:
         raise ValueError(
@@ -48,7 +53,7 @@ def check_features(features: Tensor, labels: Tensor, name: str) -> None:
         raise ValueError(f"{name}: there is no feature at all")
     bad = first_non_finite_row(features)
     if bad is not None:
-        raise ValueError(
+        raise NonFiniteFeaturesError(
             f"{name} features hold a NaN or infinity (first in row {bad}): the backbone or the "
             "feature file is broken"
         )

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dinovmf_plugin.backbones import intermediate_tokens, is_vit
-from dinovmf_plugin.evaluation.checks import first_non_finite_row
+from dinovmf_plugin.evaluation.checks import NonFiniteFeaturesError, first_non_finite_row
 
 __all__ = [
     "FeatureSpec",
@@ -182,7 +182,7 @@ def extract_feature_set(
             for key, value in zip(features, found, strict=True):
                 bad = first_non_finite_row(value)
                 if bad is not None:
-                    raise ValueError(
+                    raise NonFiniteFeaturesError(
                         f"feature {key!r} of image {done + bad} of {name} holds a NaN or infinity: "
                         "the backbone is broken"
                     )
