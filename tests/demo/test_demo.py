@@ -19,6 +19,7 @@ OVERRIDES = [
     "max_epochs=2",
     "data.num_workers=1",
     "optimizer.batch_size=8",
+    "scheduler.warmup_epochs=0",
     "method_kwargs.num_prototypes=32",
     "method_kwargs.proj_hidden_dim=16",
     "method_kwargs.proj_output_dim=8",

@@ -118,7 +118,7 @@ def test_all_four_in_one_report(compose, run_overrides, folders, vit_file, tmp_p
     for text in (
         "78.66",
         "<td>80.20</td><td>80.27</td>",
-        "68.30 ± 0.30</td><td>72.30",
+        "68.30\u00a0±\u00a00.30</td><td>72.30",
         "untrained",
     ):
         assert text in page

@@ -63,7 +63,12 @@ def _mounted(folder: Path, *options: str):
 
 
 def _size_of_a_checkpoint(start, recipe, tmp_path: Path) -> int:
-    assert start(*recipe("dino_vmf", "max_epochs=1", folder="size")).end().status == 0
+    assert (
+        start(*recipe("dino_vmf", "max_epochs=1", "scheduler.warmup_epochs=1", folder="size"))
+        .end()
+        .status
+        == 0
+    )
     (path,) = (tmp_path / "size").rglob("*.ckpt")
     return path.stat().st_size
 
