@@ -16,10 +16,7 @@ The bank is sorted by class, as image folders are listed.
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 from typing import Any
@@ -27,7 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, peak_growth, write_report
+from dinovmf_plugin.benchmarks.harness import (
+    check_choice,
+    in_own_process,
+    machine,
+    parse_arguments,
+    peak_growth,
+    write_report,
+)
 from dinovmf_plugin.evaluation.knn import knn_accuracy, vote_ranks
 
 __all__ = ["CANDIDATES", "DEFAULTS", "Workload", "main", "measure", "peak_memory"]
@@ -172,13 +176,8 @@ def peak_memory(rows: int, dim: int, name: str, settings: dict[str, Any]) -> int
 
 def _fresh_peak(rows: int, dim: int, name: str, settings: dict[str, Any]) -> float:
     """``peak_memory`` in MB (1e6 bytes), in a process that did nothing else."""
-    job = json.dumps([rows, dim, name, settings])
     module = "dinovmf_plugin.benchmarks.knn"
-    code = f"import json, {module} as b; print(b.peak_memory(*json.loads({job!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the memory measurement of {name} failed:\n{done.stderr}")
-    return int(done.stdout.split()[-1]) / 1e6
+    return float(in_own_process(module, "peak_memory", rows, dim, name, settings)) / 1e6
 
 
 def _shapes(settings: dict[str, Any]) -> list[tuple[int, int]]:
@@ -187,8 +186,7 @@ def _shapes(settings: dict[str, Any]) -> list[tuple[int, int]]:
         raise ValueError(
             f"shapes={settings['shapes']!r} must be banks as ROWSxDIMENSIONS, such as 200000x384"
         )
-    if settings["dtype"] not in ("float32", "float16"):
-        raise ValueError(f"dtype={settings['dtype']!r} must be float32 or float16")
+    check_choice(settings, "dtype", ("float32", "float16"))
     if not all(k.isdecimal() and int(k) > 0 for k in settings["ks"].split(",")):
         raise ValueError(f"ks={settings['ks']!r} must be numbers of neighbours, such as 10,20")
     for key in ("queries", "classes", "repeats"):
@@ -198,10 +196,8 @@ def _shapes(settings: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def _candidates(settings: dict[str, Any]) -> list[str]:
+    check_choice(settings, "candidates", CANDIDATES)
     names: list[str] = settings["candidates"].split(",")
-    for name in names:
-        if name not in CANDIDATES:
-            raise ValueError(f"candidates={name!r} is unknown: choose from {', '.join(CANDIDATES)}")
     if "faiss" in names and importlib.util.find_spec("faiss") is None:
         print("faiss is not installed: left out (pip install faiss-cpu, to compare with it)")
         names = [name for name in names if name != "faiss"] or ["ours"]
