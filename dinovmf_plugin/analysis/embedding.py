@@ -14,11 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dinovmf_plugin.backbones import forward_tokens
-from dinovmf_plugin.checkpoints import HeadSettings, load_backbone, load_head
-from dinovmf_plugin.checkpoints.layouts import Which
+from dinovmf_plugin.checkpoints.heads import HeadSettings, head_from, with_head
+from dinovmf_plugin.checkpoints.layouts import Which, read_weights
+from dinovmf_plugin.checkpoints.loading import backbone_from
 from dinovmf_plugin.checkpoints.reading import read_file, resolve_file
+from dinovmf_plugin.checkpoints.statistics import Statistics, channel_statistics
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
-from dinovmf_plugin.data.folders import ImageFolder, list_images, take_fraction
+from dinovmf_plugin.data.folders import ImageFolder, list_images, relabel, take_fraction
 from dinovmf_plugin.data.images import find_unreadable
 from dinovmf_plugin.data.loaders import FolderSource
 from dinovmf_plugin.heads import DINOHead
@@ -40,6 +42,7 @@ class LoadedModel:
         settings: temperatures and switches.
         center: the stored centre ``(K,)``, None if the file has none.
         report: what was loaded, for people.
+        statistics: what its images are normalised by.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class LoadedModel:
     settings: HeadSettings
     center: Tensor | None
     report: str
+    statistics: Statistics
 
     @property
     def prototypes(self) -> Prototypes:
@@ -58,6 +62,10 @@ class LoadedModel:
     def image_size(self) -> int:
         """Side of the images that the position embeddings were made for, in pixels."""
         return int(self.vit.patch_embed.img_size[0])
+
+    def normalised(self, transform: CenterCrop) -> CenterCrop:
+        """The transform with the channel statistics that the model was trained with."""
+        return replace(transform, **self.statistics._asdict())
 
 
 def _stored_center(path: Path) -> Tensor | None:
@@ -83,8 +91,9 @@ def load_model(
     device: torch.device | str = "cpu",
 ) -> LoadedModel:
     """Load backbone, head and centre; arguments and errors of ``checkpoints.load_backbone``."""
-    vit, report = load_backbone(path, which=which, model_name=model_name, num_heads=num_heads)
-    head, settings = load_head(path, which=which)
+    stored = read_weights(path, which)
+    vit, report, _ = backbone_from(stored, model_name=model_name, num_heads=num_heads)
+    head, settings = head_from(with_head(stored))
     width = next(head.mlp.parameters()).shape[1]
     if width != vit.embed_dim:
         raise ValueError(
@@ -93,7 +102,15 @@ def load_model(
     center = _stored_center(Path(path))
     if center is not None and len(center) != head.last_layer.num_prototypes:
         center = None
-    return LoadedModel(Path(path), vit.to(device), head.to(device), settings, center, str(report))
+    return LoadedModel(
+        path=Path(path),
+        vit=vit.to(device),
+        head=head.to(device),
+        settings=settings,
+        center=center,
+        report=str(report),
+        statistics=channel_statistics(stored.config),
+    )
 
 
 @dataclass(frozen=True)
@@ -158,14 +175,7 @@ def find_images(
     )
     folder = list_images(root, labelled=labelled, key=key)
     if classes and folder.classes:
-        unknown = sorted(set(folder.classes) - set(classes))
-        if unknown:
-            raise ValueError(
-                f"{key}={str(root)!r}: {len(unknown)} of its classes are not in the training set, "
-                f"such as {unknown[0]!r}"
-            )
-        index = np.array([classes.index(name) for name in folder.classes], dtype=np.int64)
-        folder = replace(folder, labels=index[folder.labels], classes=tuple(classes))
+        folder = relabel(folder, classes, key=key)
     folder = folder.subset(take_fraction(folder.labels, fraction))
     broken = find_unreadable([folder.path(i) for i in range(len(folder))])
     if broken and not skip_unreadable:
@@ -207,17 +217,25 @@ def embed(
 ) -> Embeddings:
     """Run backbone and head over all images.
 
+    Args:
+        model: the network.
+        images: the set.
+        transform: resize and crop; its statistics are replaced by the model's own.
+        batch_size: images per batch.
+        num_workers: worker processes.
+        progress: whether to show a progress bar.
+
     Raises:
         ValueError: if an image cannot be read or an embedding is not finite; the file is named.
     """
     device = model.prototypes.weight_v.device
     loader = evaluation_loader(
         FolderSource(images.folder),
-        transform=transform,
+        transform=model.normalised(transform),
         batch_size=batch_size,
         num_workers=min(num_workers, len(images)),
     )
-    ys, features = [], []
+    ys, features, done = [], [], 0
     with tqdm(
         total=len(images), desc=f"embedding {images.name}", unit="img", disable=not progress
     ) as bar:
@@ -226,10 +244,11 @@ def embed(
             y = model.head(cls)
             bad = ~y.isfinite().all(dim=1)
             if bool(bad.any()):
-                name = images.folder.path(bar.n + int(bad.nonzero()[0]))
+                name = images.folder.path(done + int(bad.nonzero()[0]))
                 raise ValueError(f"{model.path}: the embedding of {name} is NaN or infinite")
             ys.append(y.float().cpu())
             features.append(cls.float().cpu())
+            done += len(batch)
             bar.update(len(batch))
     return Embeddings(torch.cat(ys), torch.cat(features))
 

@@ -176,18 +176,25 @@ def model_log_weights(prototypes: Prototypes, temperature: float) -> Tensor:
 
 
 def center_log_weights(
-    center: Tensor, *, centering: str, normalization: str, temperature: float
+    center: Tensor,
+    *,
+    centering: str,
+    normalization: str,
+    temperature: float,
+    raw_scores: bool = False,
 ) -> Tensor:
     """Log of the component usage that a training centre estimates (A.4), ``(K,)``, float64.
 
     ``exp(c)`` for probability centring; ``exp(c / tau)`` for logit centring, whose centre averages
-    raw scores, except with ``vmf``, where it averages logits and no temperature is left.
+    raw scores, except with ``vmf`` (without ``raw_scores``), where it averages logits and no
+    temperature is left. It is what the targets of training are divided by.
 
     Args:
         center: the centre, ``(K,)`` or ``(1, K)``.
         centering: ``probability`` or ``logit``.
         normalization: that of the prototypes.
         temperature: the teacher's ``tau``.
+        raw_scores: ``center_raw_scores`` of training: ``vmf`` with a centre of raw scores.
 
     Raises:
         ValueError: if there is no usage in the centre (Sinkhorn).
@@ -204,7 +211,7 @@ def center_log_weights(
             "estimate of usage: use weights=model or weights=uniform"
         )
     logits = center.detach().double().reshape(-1)
-    if centering == "logit" and normalization != "vmf":
+    if centering == "logit" and (normalization != "vmf" or raw_scores):
         logits = logits / temperature
     return logits.log_softmax(0)
 

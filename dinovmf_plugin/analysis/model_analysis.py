@@ -108,6 +108,7 @@ def make_mixture(model: LoadedModel, weights: str) -> VMFMixture:
             centering=settings.centering,
             normalization=settings.normalization,
             temperature=settings.teacher_temperature,
+            raw_scores=settings.center_raw_scores,
         )
     if log_weights is not None:
         log_weights = log_weights.to(prototypes.weight_v.device)

@@ -61,7 +61,8 @@ __all__ = ["AnalysisSettings", "analyze", "format_analysis"]
 def _transform(settings: AnalysisSettings, model: LoadedModel) -> CenterCrop:
     size = settings.data.crop_size or model.image_size
     resize = settings.data.resize or round(size * 256 / 224)
-    return CenterCrop(resize=resize, size=size, interpolation=settings.data.interpolation)
+    crop = CenterCrop(resize=resize, size=size, interpolation=settings.data.interpolation)
+    return model.normalised(crop)
 
 
 def _measure(
@@ -103,6 +104,7 @@ def _measure(
         "num_prototypes": model.prototypes.num_prototypes,
         "bottleneck_dim": model.prototypes.dim,
         "crop_size": transform.size,
+        **model.statistics._asdict(),
         **measured,
         "utilization": sweeps,
         "precision": measure_precision(

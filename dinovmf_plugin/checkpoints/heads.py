@@ -29,6 +29,7 @@ class HeadSettings:
         centering: ``logit``, ``probability`` or ``sinkhorn``.
         method: name of the method, such as ``dino`` or ``ibot_vmf``.
         normalizer_order: order of the vMF normaliser's expansion.
+        center_raw_scores: whether the centre of ``vmf`` with ``logit`` averages raw scores.
         patch_prototypes: ``shared`` or ``separate`` prototypes for patches (iBOT); None without any.
         assumed: fields that the file did not tell and that are the method's defaults.
     """
@@ -39,6 +40,7 @@ class HeadSettings:
     centering: str
     method: str
     normalizer_order: int = 0
+    center_raw_scores: bool = False
     patch_prototypes: str | None = None
     assumed: tuple[str, ...] = ()
 
@@ -108,6 +110,7 @@ def _settings(stored: StoredWeights, head: Mapping[str, Tensor]) -> HeadSettings
         centering=str(values["centering"]),
         method=str(values["method"]),
         normalizer_order=int(values.get("normalizer_order", 0)),
+        center_raw_scores=bool(values.get("center_raw_scores", False)),
         patch_prototypes=values.get("patch_prototypes"),
         assumed=tuple(name for name in assumed if name not in told or name in guessed),
     )

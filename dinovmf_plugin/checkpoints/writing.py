@@ -18,7 +18,7 @@ from dinovmf_plugin.checkpoints.architecture import ViTShape
 from dinovmf_plugin.checkpoints.heads import HeadSettings
 from dinovmf_plugin.checkpoints.layouts import StoredWeights
 from dinovmf_plugin.checkpoints.reading import CONFIG_KEY
-from dinovmf_plugin.data.recipe import DATASET_STATISTICS
+from dinovmf_plugin.checkpoints.statistics import channel_statistics
 
 __all__ = ["check_free", "inside", "timm_config", "write_atomically", "write_safetensors"]
 
@@ -92,21 +92,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Mapping
     write_atomically(path, save(plain, metadata))
 
 
-def _statistics(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Channel mean and deviation that the network was trained with; ImageNet's unless told."""
-    pretrained = config.get("pretrained_cfg")
-    if isinstance(pretrained, Mapping) and {"mean", "std"} <= set(pretrained):
-        return list(pretrained["mean"]), list(pretrained["std"])
-    pipelines = config.get("augmentations")
-    first = pipelines[0] if isinstance(pipelines, list | tuple) and pipelines else {}
-    if isinstance(first, Mapping) and first.get("mean") and first.get("std"):
-        return list(first["mean"]), list(first["std"])
-    data = config.get("data")
-    dataset = data.get("dataset") if isinstance(data, Mapping) else config.get("dataset")
-    mean, std = DATASET_STATISTICS.get(str(dataset), DATASET_STATISTICS["imagenet"])
-    return list(mean), list(std)
-
-
 def timm_config(
     shape: ViTShape, stored: StoredWeights, head: HeadSettings | None = None
 ) -> dict[str, Any]:
@@ -117,7 +102,7 @@ def timm_config(
         stored: where the weights come from.
         head: settings of the head, if one is stored beside the backbone.
     """
-    mean, std = _statistics(stored.config)
+    mean, std = channel_statistics(stored.config)
     own: dict[str, Any] = {
         "version": __version__,
         "source": stored.source,
@@ -143,8 +128,8 @@ def timm_config(
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
-            "mean": mean,
-            "std": std,
+            "mean": list(mean),
+            "std": list(std),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",

@@ -120,6 +120,40 @@ def list_images(
     return ImageFolder(root, _names(paths), labels.astype(np.int64), tuple(classes))
 
 
+def class_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of the class folders of ``root``, sorted, without looking into them."""
+    with os.scandir(root) as scan:
+        return tuple(sorted(e.name for e in scan if e.is_dir() and not e.name.startswith(".")))
+
+
+def relabel(images: ImageFolder, classes: Sequence[str], *, key: str) -> ImageFolder:
+    """Labels by another list of classes, that of the training set; images may lack some of them.
+
+    Args:
+        images: a labelled folder.
+        classes: names in the order of the labels.
+        key: config key of the folder, for messages.
+
+    Raises:
+        ValueError: the folder has a class that is not in ``classes``.
+
+    Example:
+        >>> names = np.array([b"b/1.png"], dtype=np.bytes_)
+        >>> images = ImageFolder(Path("val"), names, np.array([0]), ("b",))
+        >>> relabel(images, ["a", "b"], key="data.val_path").labels
+        array([1])
+    """
+    unknown = sorted(set(images.classes) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"{key}={images.root}: {len(unknown)} of its classes are not in the training set, such as "
+            f"{unknown[0]!r}"
+        )
+    position = {name: i for i, name in enumerate(classes)}
+    mapping = np.array([position[name] for name in images.classes], dtype=np.int64)
+    return replace(images, labels=mapping[images.labels], classes=tuple(classes))
+
+
 def check_fraction(fraction: float | None) -> float | None:
     """Reads ``data.fraction``: None, -1 and 1 mean all images.
 

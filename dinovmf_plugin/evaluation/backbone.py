@@ -15,10 +15,11 @@ from dinovmf_plugin.checkpoints.architecture import ViTShape
 from dinovmf_plugin.checkpoints.layouts import Which, read_weights
 from dinovmf_plugin.checkpoints.loading import backbone_from
 from dinovmf_plugin.checkpoints.reading import resolve_file
+from dinovmf_plugin.checkpoints.statistics import IMAGENET, Statistics, channel_statistics
 from dinovmf_plugin.evaluation.features import PixelFeatures
 from dinovmf_plugin.evaluation.run_folder import file_digest
 
-__all__ = ["EvaluatedBackbone", "load_evaluated", "method_label", "untrained_like"]
+__all__ = ["EvaluatedBackbone", "load_evaluated", "method_label", "random_name", "untrained_like"]
 
 _PIXEL_SIZE = 32
 
@@ -33,6 +34,7 @@ class EvaluatedBackbone:
         identity: what distinguishes its features from those of any other network.
         record: what the results say about it: path, sha256, network, architecture, load report.
         shape: the ViT's shape, None for pixels.
+        statistics: what its images are normalised by.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class EvaluatedBackbone:
     identity: str
     record: dict[str, Any]
     shape: ViTShape | None = None
+    statistics: Statistics = IMAGENET
 
 
 def method_label(config: Mapping[str, Any], source: str) -> str:
@@ -70,7 +73,7 @@ def _random_vit(build: Any, seed: int) -> nn.Module:
 
 
 def untrained_like(backbone: EvaluatedBackbone, seed: int = 0) -> EvaluatedBackbone:
-    """The same architecture with random weights: what the images alone give.
+    """The same architecture with random weights, for the same pixels: what the images alone give.
 
     Raises:
         ValueError: if ``backbone`` is no ViT.
@@ -80,7 +83,8 @@ def untrained_like(backbone: EvaluatedBackbone, seed: int = 0) -> EvaluatedBackb
         raise ValueError(f"{backbone.label} is no Vision Transformer: it has no untrained twin")
     identity = f"untrained {shape} seed {seed}"
     model = _random_vit(lambda: VisionTransformer(num_classes=0, **shape.model_args), seed)
-    return EvaluatedBackbone(model, "untrained", identity, {"checkpoint": identity}, shape)
+    record = {"checkpoint": identity}
+    return EvaluatedBackbone(model, "untrained", identity, record, shape, backbone.statistics)
 
 
 def _pixels(size: int) -> EvaluatedBackbone:
@@ -88,12 +92,26 @@ def _pixels(size: int) -> EvaluatedBackbone:
     return EvaluatedBackbone(PixelFeatures(size), "pixels", identity, {"checkpoint": identity})
 
 
-def _random_by_name(name: str, seed: int) -> EvaluatedBackbone:
+def random_name(checkpoint: str) -> str:
+    """timm's name in ``random:NAME``.
+
+    Raises:
+        ValueError: if timm has no Vision Transformer of that name.
+
+    Example:
+        >>> random_name("random:vit_tiny_patch16_224")
+        'vit_tiny_patch16_224'
+    """
+    name = checkpoint.removeprefix("random:")
     if name not in timm.list_models("vit_*") + timm.list_models("deit_*"):
         raise ValueError(
             f"checkpoint=random:{name} names no Vision Transformer of timm, such as "
             "random:vit_tiny_patch16_224"
         )
+    return name
+
+
+def _random_by_name(name: str, seed: int) -> EvaluatedBackbone:
     model = _random_vit(lambda: timm.create_model(name, num_classes=0), seed)
     identity = f"untrained {name} seed {seed}"
     return EvaluatedBackbone(model, "untrained", identity, {"checkpoint": identity})
@@ -134,7 +152,7 @@ def load_evaluated(
     if checkpoint == "pixels":
         return _pixels(_PIXEL_SIZE)
     if checkpoint.startswith("random:"):
-        return _random_by_name(checkpoint.removeprefix("random:"), seed)
+        return _random_by_name(random_name(checkpoint), seed)
     file = resolve_file(checkpoint)
     stored = read_weights(file, which)
     model, report, shape = backbone_from(stored, model_name=model_name, num_heads=num_heads)
@@ -149,5 +167,10 @@ def load_evaluated(
     }
     identity = f"sha256 {digest} {report.which} {shape}"
     return EvaluatedBackbone(
-        model, method_label(stored.config, stored.source), identity, record, shape
+        model,
+        method_label(stored.config, stored.source),
+        identity,
+        record,
+        shape,
+        channel_statistics(stored.config),
     )

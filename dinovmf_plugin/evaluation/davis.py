@@ -21,7 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinovmf_plugin.checkpoints.statistics import Statistics
+
 __all__ = [
+    "PUBLISHED",
     "VideoSequence",
     "davis_palette",
     "find_sequences",
@@ -32,9 +35,8 @@ __all__ = [
     "write_annotation",
 ]
 
-_MEAN = (0.485, 0.456, 0.406)
-#: Not ImageNet's 0.229: the published numbers were made with 0.228, see ``read_frame``.
-_STD = (0.228, 0.224, 0.225)
+#: Not ImageNet's 0.229: the published numbers were made with 0.228.
+PUBLISHED = Statistics((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))
 VOID = 255
 
 
@@ -112,8 +114,8 @@ def read_annotation(path: Path) -> NDArray[np.uint8]:
     return labels.astype(np.uint8)
 
 
-def _names(root: Path, split: str, year: str) -> list[str]:
-    listing = root / "ImageSets" / year / f"{split}.txt"
+def _names(root: Path, split: str, year: str | int) -> list[str]:
+    listing = root / "ImageSets" / str(year) / f"{split}.txt"
     if not root.is_dir():
         raise FileNotFoundError(f"data_path={root} is not a folder")
     if not listing.is_file():
@@ -174,7 +176,7 @@ def find_sequences(
     data_path: str | Path,
     *,
     split: str = "val",
-    year: str = "2017",
+    year: str | int = "2017",
     resolution: str = "480p",
     only: list[str] | None = None,
 ) -> list[VideoSequence]:
@@ -219,18 +221,19 @@ def frame_size(
     return size[0] // patch_size[0] * patch_size[0], size[1] // patch_size[1] * patch_size[1]
 
 
-def read_frame(path: Path, size: tuple[int, int]) -> Tensor:
+def read_frame(path: Path, size: tuple[int, int], statistics: Statistics = PUBLISHED) -> Tensor:
     """A frame, resized and normalised, float32 ``(3, H, W)``.
 
-    Bilinear *without* antialiasing, rounded to whole levels, then mean (0.485, 0.456, 0.406) and std
-    (0.228, 0.224, 0.225): what the published numbers were made with.
+    Bilinear *without* antialiasing, rounded to whole levels, then normalised: as the published numbers
+    were made.
     """
     with Image.open(path) as image:
         array = np.array(image.convert("RGB"))
     pixels = torch.from_numpy(array).permute(2, 0, 1)[None].float()
     resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
     scaled = resized.round().div(255)
-    return (scaled - torch.tensor(_MEAN)[:, None, None]) / torch.tensor(_STD)[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
+    return (scaled - mean) / std
 
 
 def shrink_annotation(labels: NDArray[np.uint8], grid: tuple[int, int]) -> Tensor:

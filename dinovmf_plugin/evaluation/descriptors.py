@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from dinovmf_plugin.backbones import forward_tokens
+from dinovmf_plugin.checkpoints.statistics import IMAGENET, Statistics
 from dinovmf_plugin.evaluation.retrieval_data import Box, read_image
 from dinovmf_plugin.evaluation.run_folder import write_atomic
 
@@ -30,8 +31,6 @@ __all__ = [
 
 #: The three scales of DINO's multi-scale retrieval.
 DINO_SCALES = (1.0, 2**-0.5, 0.5)
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 #: Images between two writes: what a stopped run has to compute again.
 _SHARD = 64
 
@@ -85,11 +84,16 @@ class ImageFiles(Dataset[tuple[int, Tensor, bool]]):
     """Image files, shrunk and normalised: ``(index, image (3, H, W), whether it was truncated)``."""
 
     def __init__(
-        self, paths: Sequence[Path], imsize: int | None, boxes: Sequence[Box | None] | None = None
+        self,
+        paths: Sequence[Path],
+        imsize: int | None,
+        boxes: Sequence[Box | None] | None = None,
+        statistics: Statistics = IMAGENET,
     ) -> None:
         self.paths = paths
         self.imsize = imsize
         self.boxes = boxes
+        self.statistics = statistics
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -98,7 +102,8 @@ class ImageFiles(Dataset[tuple[int, Tensor, bool]]):
         box = None if self.boxes is None else self.boxes[index]
         image, truncated = read_image(self.paths[index], self.imsize, box)
         pixels = transforms.to_dtype(transforms.to_image(image), torch.float32, scale=True)
-        return index, transforms.normalize(pixels, list(_MEAN), list(_STD)), truncated
+        mean, std = map(list, self.statistics)
+        return index, transforms.normalize(pixels, mean, std), truncated
 
 
 def _shard_path(folder: Path, start: int) -> Path:

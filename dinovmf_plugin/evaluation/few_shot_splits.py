@@ -85,25 +85,44 @@ def _per_class(entries: Sequence[str]) -> float:
     return len(entries) / max(1, len({name.split("_")[0] for name in entries}))
 
 
-def msn_split_files(folder: str | Path, counts: Sequence[int]) -> dict[str, list[Path]]:
+def msn_split_files(
+    folder: str | Path, counts: Sequence[int], fraction: float | None, num_splits: int
+) -> dict[str, list[Path]]:
     """MSN's lists ``imagenet_subsets{1,2,3}/{1,2,5}imgs_class.txt`` and ``1percent.txt`` in ``folder``.
 
     ``imagenet_subsets3`` calls its list of 5 images per class ``3imgs_class.txt``: a missing list is
     looked for under any name in its folder, by the number of lines per class.
 
+    Args:
+        folder: holds the folders of lists.
+        counts: images per class.
+        fraction: 0.01, or None to leave ``1percent.txt`` out.
+        num_splits: lists per count, from as many folders.
+
     Raises:
-        FileNotFoundError: if the folder or a list is missing.
+        FileNotFoundError: if a folder or a list is missing.
+        ValueError: if ``fraction`` is another share.
     """
+    if fraction not in (None, 0.01):
+        raise ValueError(
+            f"few_shot.fraction={fraction} has no list in few_shot.split_dir: use 0.01 (1percent.txt), "
+            "or null to leave it out"
+        )
     root = Path(folder)
     subsets = sorted(path for path in root.glob("imagenet_subsets*") if path.is_dir())
     if not subsets:
         raise FileNotFoundError(
             f"few_shot.split_dir={folder} holds no folder imagenet_subsets1, 2, 3"
         )
+    if counts and num_splits > len(subsets):
+        raise FileNotFoundError(
+            f"few_shot.num_splits={num_splits} exceeds the folders imagenet_subsets1, 2, 3 in "
+            f"few_shot.split_dir={folder}: use at most {len(subsets)}"
+        )
     files: dict[str, list[Path]] = {}
     for n in counts:
         of_count = []
-        for subset in subsets:
+        for subset in subsets[:num_splits]:
             path = subset / f"{n}imgs_class.txt"
             if not path.is_file():
                 others = sorted(subset.glob("*imgs_class.txt"))
@@ -113,9 +132,13 @@ def msn_split_files(folder: str | Path, counts: Sequence[int]) -> dict[str, list
                 path = same[0]
             of_count.append(path)
         files[f"{n} per class"] = of_count
-    percent = [p / "1percent.txt" for p in subsets if (p / "1percent.txt").is_file()]
-    if percent:
-        files["1 %"] = percent
+    if fraction is not None:
+        files["1 %"] = [p / "1percent.txt" for p in subsets if (p / "1percent.txt").is_file()]
+        if not files["1 %"]:
+            raise FileNotFoundError(
+                f"few_shot.split_dir={folder} holds no imagenet_subsets1/1percent.txt: set "
+                "few_shot.fraction=null to leave it out"
+            )
     return files
 
 

@@ -32,6 +32,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from dinovmf_plugin.checkpoints.layouts import Which, read_weights
 from dinovmf_plugin.checkpoints.loading import backbone_from
 from dinovmf_plugin.checkpoints.reading import resolve_file
+from dinovmf_plugin.checkpoints.statistics import IMAGENET, Statistics
+from dinovmf_plugin.data.loaders import leave_signals_to_the_parent, worker_start_method
+from dinovmf_plugin.evaluation.backbone import random_name
 from dinovmf_plugin.evaluation.finetune_settings import FinetuneSettings
 from dinovmf_plugin.evaluation.images import ImageSet
 from dinovmf_plugin.evaluation.processes import Processes
@@ -66,13 +69,13 @@ def build_classifier(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no such network.
+        ValueError: if it holds no such network, or timm has none of that name.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if checkpoint.startswith("random:"):
             model: Any = timm.create_model(
-                checkpoint.removeprefix("random:"),
+                random_name(checkpoint),
                 num_classes=num_classes,
                 img_size=img_size,
                 drop_path_rate=drop_path,
@@ -115,7 +118,9 @@ def _tolerant(transform: Any) -> Any:
 
 
 class _Augmented(Dataset[tuple[Tensor, int]]):
-    def __init__(self, images: ImageSet, settings: FinetuneSettings) -> None:
+    def __init__(
+        self, images: ImageSet, settings: FinetuneSettings, statistics: Statistics
+    ) -> None:
         self.source = images.source
         self.transform = _tolerant(
             create_transform(
@@ -126,6 +131,8 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
                 interpolation=settings.train_interpolation,
                 re_prob=settings.erasing,
                 re_mode="pixel",
+                mean=statistics.mean,
+                std=statistics.std,
             )
         )
 
@@ -137,12 +144,25 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
 
 
 def training_loader(
-    images: ImageSet, settings: FinetuneSettings, processes: Processes, num_workers: int, seed: int
+    images: ImageSet,
+    settings: FinetuneSettings,
+    processes: Processes,
+    num_workers: int,
+    seed: int,
+    statistics: Statistics = IMAGENET,
 ) -> DataLoader[Any]:
     """Full batches of this process's share; ``loader.sampler.set_epoch`` draws another order.
 
+    Args:
+        images: the training set.
+        settings: the recipe.
+        processes: this process among its siblings.
+        num_workers: worker processes.
+        seed: of the order.
+        statistics: what the images are normalised by.
+
     Raises:
-        ValueError: if the batch is no multiple of the processes, or larger than the training set.
+        ValueError: if the batch is no multiple of the processes, or larger than what an epoch draws.
     """
     rank, world = processes.rank, processes.world_size
     if settings.batch_size % world or (settings.mixes and settings.batch_size // world % 2):
@@ -154,20 +174,29 @@ def training_loader(
         raise ValueError(
             f"finetune.batch_size={settings.batch_size} exceeds the {len(images)} training images"
         )
-    dataset = _Augmented(images, settings)
+    dataset = _Augmented(images, settings, statistics)
     sampler: Sampler[Any]
     if settings.repeated_aug:
         sampler = RepeatAugSampler(dataset, world, rank, num_repeats=settings.repeated_aug)
     else:
         sampler = DistributedSampler(dataset, world, rank, shuffle=True, seed=seed)
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_size=settings.batch_size // world,
         sampler=sampler,
         num_workers=num_workers,
+        multiprocessing_context=worker_start_method(num_workers),
+        worker_init_fn=leave_signals_to_the_parent,
         drop_last=True,
         pin_memory=torch.cuda.is_available(),
     )
+    if not len(loader):
+        drawn = len(sampler) * world  # type: ignore[arg-type]
+        raise ValueError(
+            f"finetune.batch_size={settings.batch_size} exceeds the {drawn} images that an epoch of "
+            f"finetune.repeated_aug={settings.repeated_aug} draws of {len(images)}: use at most {drawn}"
+        )
+    return loader
 
 
 class FineTuner:

@@ -14,9 +14,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dinovmf_plugin.checkpoints.layouts import read_weights
 from dinovmf_plugin.checkpoints.reading import resolve_file
+from dinovmf_plugin.checkpoints.statistics import IMAGENET, channel_statistics
+from dinovmf_plugin.evaluation.backbone import random_name
 from dinovmf_plugin.evaluation.features import extract_feature_set
 from dinovmf_plugin.evaluation.finetune import FineTuner, build_classifier, training_loader
 from dinovmf_plugin.evaluation.finetune_settings import FinetuneSettings
@@ -31,13 +35,9 @@ from dinovmf_plugin.evaluation.run_folder import (
     write_json,
 )
 from dinovmf_plugin.evaluation.runner import all_versions, keep_previous
-from dinovmf_plugin.evaluation.settings import (
-    PRECISIONS,
-    DataSettings,
-    EvaluationSettings,
-    _build,
-)
+from dinovmf_plugin.evaluation.settings import PRECISIONS, DataSettings, EvaluationSettings
 from dinovmf_plugin.evaluation.transfer_datasets import load_transfer_dataset
+from dinovmf_plugin.evaluation.typed import build
 from dinovmf_plugin.evaluation.workbench import Images
 
 __all__ = ["classification_scores", "finetune"]
@@ -67,12 +67,28 @@ class _Sweep:
         self.precision = PRECISIONS[run.precision]
         self.checkpoint = str(run.checkpoint)
         self.output = Path(str(run.output_dir))
-        scratch = self.checkpoint.startswith("random:")
-        digest = None if scratch else file_digest(resolve_file(self.checkpoint))
+        digest, self.statistics = None, IMAGENET
+        if not self.checkpoint.startswith("random:"):
+            digest = file_digest(resolve_file(self.checkpoint))
+            self.statistics = channel_statistics(read_weights(self.checkpoint, run.which).config)
+        self.transform = replace(settings.transform, **self.statistics._asdict())
         self.record = {"checkpoint": self.checkpoint, "sha256": digest, "which": run.which}
         # what a stopped training must agree on before it goes on
         self.binding = repr(
-            (self.record, settings.binding, run.seed, run.precision, train.digest, val.digest)
+            (
+                self.record,
+                self.statistics,
+                settings.binding,
+                run.seed,
+                run.precision,
+                train.digest,
+                val.digest,
+            )
+        )
+
+    def loader(self, processes: Processes, num_workers: int) -> DataLoader[Any]:
+        return training_loader(
+            self.train, self.settings, processes, num_workers, self.run.seed, self.statistics
         )
 
     def build(self) -> nn.Module:
@@ -92,7 +108,7 @@ class _Sweep:
         data = self.run.data
         loader = loader_for(
             rank_share(self.val, processes.rank, processes.world_size),
-            self.settings.transform,
+            self.transform,
             batch_size=data.batch_size,
             num_workers=data.num_workers,
             data_format=data.format,
@@ -135,9 +151,7 @@ def _save(path: Path, content: dict[str, Any]) -> None:
 def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
     """Fine-tune with one learning rate; the scores of every epoch."""
     settings, run = sweep.settings, sweep.run
-    loader = training_loader(
-        sweep.train, settings, processes, min(run.data.num_workers, len(sweep.train)), run.seed
-    )
+    loader = sweep.loader(processes, min(run.data.num_workers, len(sweep.train)))
     tuner = FineTuner(
         sweep.build(),
         settings,
@@ -186,13 +200,15 @@ def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
 
 def _settings(config: Mapping[str, Any]) -> tuple[EvaluationSettings, FinetuneSettings]:
     values = dict(config)
-    settings: FinetuneSettings = _build(FinetuneSettings, values.pop("finetune"), "finetune.")
-    data = _build(DataSettings, values.pop("data"), "data.")
+    settings: FinetuneSettings = build(FinetuneSettings, values.pop("finetune"), "finetune.")
+    data = build(DataSettings, values.pop("data"), "data.")
     rest = {"evaluations": (), "sections": {}, "data": data}
-    run: EvaluationSettings = _build(EvaluationSettings, values | rest, "")
+    run: EvaluationSettings = build(EvaluationSettings, values | rest, "")
     run.check()
     settings.check()
-    if not str(run.checkpoint).startswith("random:"):
+    if str(run.checkpoint).startswith("random:"):
+        random_name(str(run.checkpoint))
+    else:
         resolve_file(str(run.checkpoint))
     return run, settings
 
@@ -228,9 +244,9 @@ def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
         "runs": [],
         "selected_on": "validation set (optimistic): epoch and learning rate",
         "checkpoint": sweep.record,
-        "settings": asdict(replace(settings, lr=settings.lrs)),
+        "settings": asdict(replace(settings, lr=settings.lrs)) | sweep.statistics._asdict(),
         "run_settings": config,
-        "transform": describe(settings.transform, run.data.format),
+        "transform": describe(sweep.transform, run.data.format),
         "train_images": len(train),
         "val_images": len(val),
         "versions": all_versions(),
@@ -239,7 +255,7 @@ def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     with launched_processes(sweep.device) as processes:
         first = processes.rank == 0
-        training_loader(train, settings, processes, 0, run.seed)  # refuses a batch that cannot work
+        sweep.loader(processes, 0)  # refuses a batch that cannot work
         if first:
             sweep.output.mkdir(parents=True, exist_ok=True)
             for suffix in (".json", ".html"):

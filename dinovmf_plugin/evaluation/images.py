@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dinovmf_plugin.checkpoints.statistics import IMAGENET
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
-from dinovmf_plugin.data.folders import ImageFolder, list_images
+from dinovmf_plugin.data.folders import ImageFolder, list_images, relabel
 from dinovmf_plugin.data.images import find_unreadable, refuse_or_drop
 from dinovmf_plugin.data.loaders import FolderSource, ImageSource
 
@@ -117,22 +118,14 @@ def image_folder(
     if not path:
         raise ValueError(f"{key}={path!r} must be set to a folder with one sub-folder per class")
     folder = list_images(path, key=key)
-    unknown = sorted(set(folder.classes) - set(classes)) if classes else []
-    if unknown:
-        raise ValueError(
-            f"{key}={path}: {len(unknown)} of its classes are not in the training set, "
-            f"such as {unknown[0]!r}"
-        )
+    if classes:
+        folder = relabel(folder, classes, key=key)
     paths = [folder.path(i) for i in range(len(folder))]
     unreadable = find_unreadable(paths, check=check_images)
     try:
         folder = refuse_or_drop(folder, unreadable, skip=skip_unreadable, key=key)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    if classes:
-        index = {name: i for i, name in enumerate(classes)}
-        mapping = np.array([index[name] for name in folder.classes], dtype=np.int64)
-        folder = replace(folder, labels=mapping[folder.labels], classes=tuple(classes))
     digest = hashlib.sha256()
     for i, (name, label) in enumerate(zip(folder.names, folder.labels, strict=True)):
         size = os.path.getsize(folder.path(i))
@@ -161,9 +154,11 @@ def describe(transform: CenterCrop, data_format: str = "image_folder") -> str:
         >>> describe(CenterCrop())
         'resize 256 bicubic, centre crop 224, ImageNet normalisation'
     """
+    imagenet = (transform.mean, transform.std) == IMAGENET
+    own = f"normalisation by mean {transform.mean} and std {transform.std}"
     words = (
         f"resize {transform.resize} {transform.interpolation}, centre crop {transform.size}, "
-        "ImageNet normalisation"
+        f"{'ImageNet normalisation' if imagenet else own}"
     )
     return f"{words}, by DALI" if data_format == "dali" else words
 
@@ -199,11 +194,12 @@ def loader_for(
         raise ValueError(f"data.format=dali reads image folders only, not {images.name}")
     from dinovmf_plugin.data.dali import DALIEvaluationLoader
 
-    kind = torch.device(device).type
+    device = torch.device(device)
     return DALIEvaluationLoader(
         images.folder,
         transform=transform,
         batch_size=batch_size,
-        device="gpu" if kind == "cuda" else "cpu",
+        device="gpu" if device.type == "cuda" else "cpu",
+        device_id=device.index,
         num_threads=max(1, num_workers),
     )

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
 
-from dinovmf_plugin.data.recipe import IMAGENET_MEAN, IMAGENET_STD
+from dinovmf_plugin.checkpoints.statistics import Statistics
+from dinovmf_plugin.data.loaders import leave_signals_to_the_parent, worker_start_method
 from dinovmf_plugin.data.transforms import INTERPOLATION_MODES
 from dinovmf_plugin.evaluation.features import backbone_features, resolve_feature
 from dinovmf_plugin.evaluation.images import ImageSet, describe
@@ -33,7 +34,7 @@ Batch = tuple[dict[str, Tensor], Tensor]
 class _Augmented(Dataset[tuple[Tensor, int]]):
     """The protocol's random resized crops and flips."""
 
-    def __init__(self, images: ImageSet, settings: LinearSettings) -> None:
+    def __init__(self, images: ImageSet, settings: LinearSettings, statistics: Statistics) -> None:
         self.images = images
         self.transform = transforms.Compose(
             [
@@ -44,7 +45,7 @@ class _Augmented(Dataset[tuple[Tensor, int]]):
                 ),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+                transforms.Normalize(*statistics),
             ]
         )
 
@@ -75,7 +76,7 @@ def _augmented_batches(
     images: ImageSet, settings: LinearSettings, bench: Workbench, seed: int
 ) -> Callable[[int], Iterator[Batch]]:
     data = bench.settings.data
-    dataset = _Augmented(images, settings)
+    dataset = _Augmented(images, settings, bench.backbone.statistics)
     sampler = _sampler(dataset, bench, seed)
     workers = min(data.num_workers, len(images))
     loader = DataLoader(
@@ -83,6 +84,8 @@ def _augmented_batches(
         batch_size=_share(settings.batch_size, bench.processes.world_size),
         sampler=sampler,
         num_workers=workers,
+        multiprocessing_context=worker_start_method(workers),
+        worker_init_fn=leave_signals_to_the_parent,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
@@ -147,15 +150,15 @@ def prepare_linear(settings: LinearSettings, images: Images, run: EvaluationSett
         train = images.train
 
     def linear(bench: Workbench) -> dict[str, Any]:
-        names = _names(settings.features, bench.backbone.model)
-        sets = {"val": bench.features(val, names, settings.transform)}
+        names, crop = _names(settings.features, bench.backbone.model), bench.transform(settings)
+        sets = {"val": bench.features(val, names, crop)}
         if held:
             kept = images.train.subset(held, "held-out")
-            sets["holdout"] = bench.features(kept, names, settings.transform)
+            sets["holdout"] = bench.features(kept, names, crop)
         if settings.augment:
             batches = _augmented_batches(train, settings, bench, run.seed)
         else:
-            cached, labels = bench.features(train, names, settings.transform)
+            cached, labels = bench.features(train, names, crop)
             batches = _cached_batches(cached, labels, settings, bench, run.seed)
         with torch.random.fork_rng():
             torch.manual_seed(run.seed + bench.processes.rank)  # crops without worker processes
@@ -176,15 +179,15 @@ def prepare_linear(settings: LinearSettings, images: Images, run: EvaluationSett
         for name, feature in names.items():
             report[name]["feature"] = bench.describe_feature(feature)
             report[name]["dim"] = sets["val"][0][name].shape[1]
-        crops = (
+        words = (
             f"random resized crop {settings.crop_size} ({settings.min_scale:g}-1, "
             f"{settings.train_interpolation}), flip"
         )
-        test = describe(settings.transform, run.data.format)
+        test = describe(crop, run.data.format)
         return {
             "features": report,
             "lr_scaling": f"lr * {settings.batch_size} / 256",
-            "train_transform": crops if settings.augment else test,
+            "train_transform": words if settings.augment else test,
             "transform": test,
             "train_images": len(train),
             "val_images": len(val),

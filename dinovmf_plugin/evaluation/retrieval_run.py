@@ -31,6 +31,7 @@ from dinovmf_plugin.evaluation.run_folder import (
     write_atomic,
     write_json,
 )
+from dinovmf_plugin.evaluation.typed import check_types
 
 __all__ = ["RetrievalSettings", "evaluate_retrieval"]
 
@@ -62,6 +63,7 @@ class RetrievalSettings:
         Raises:
             ValueError: naming the key, its value and what would be right.
         """
+        check_types(self)
         for key in ("checkpoint", "data_path", "output_dir"):
             if not getattr(self, key):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be set to a path")
@@ -135,6 +137,8 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         "imsize": settings.imsize,
         "scales": [float(scale) for scale in settings.scales],
         "query_boxes": settings.query_boxes,
+        "mean": list(network.statistics.mean),
+        "std": list(network.statistics.std),
     }
     folder = open_run_folder(str(settings.output_dir), bound)
     features: dict[str, NDArray[np.float32]] = {}
@@ -143,7 +147,8 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         ("queries", data.queries, boxes),
         ("database", data.database, None),
     ):
-        files = ImageFiles([data.image_path(name) for name in names], settings.imsize, crop)
+        paths = [data.image_path(name) for name in names]
+        files = ImageFiles(paths, settings.imsize, crop, network.statistics)
         features[kind], speed[kind] = extract_descriptors(
             network.model,
             files,

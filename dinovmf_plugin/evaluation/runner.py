@@ -84,7 +84,7 @@ def _evaluate_network(
     for name, run in runs.items():
         started = time.monotonic()
         result = run(bench)
-        result["settings"] = asdict(settings.sections[name])
+        result["settings"] = asdict(settings.sections[name]) | network.statistics._asdict()
         result["seconds"] = round(time.monotonic() - started, 2)
         yield name, result
     network.model.to("cpu")

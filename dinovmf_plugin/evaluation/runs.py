@@ -55,9 +55,9 @@ def prepare_knn(settings: KnnSettings, images: Images, run: EvaluationSettings) 
         warnings.warn(f"knn.ks: {skipped} are skipped, the bank holds {bank} images", stacklevel=2)
 
     def knn(bench: Workbench) -> dict[str, Any]:
-        wanted = {"feature": settings.feature}
-        train, train_labels = bench.features(images.train, wanted, settings.transform)
-        val, val_labels = bench.features(images.val, wanted, settings.transform)
+        wanted, crop = {"feature": settings.feature}, bench.transform(settings)
+        train, train_labels = bench.features(images.train, wanted, crop)
+        val, val_labels = bench.features(images.val, wanted, crop)
         found = knn_accuracy(
             train["feature"],
             train_labels,
@@ -74,7 +74,7 @@ def prepare_knn(settings: KnnSettings, images: Images, run: EvaluationSettings) 
             **{f"k{k}": {"top1": top1, "top5": top5} for k, (top1, top5) in found.items()},
             "skipped_ks": skipped,
             "feature": bench.describe_feature(settings.feature),
-            "transform": describe(settings.transform, run.data.format),
+            "transform": describe(crop, run.data.format),
             "train_images": bank,
             "val_images": len(val_labels),
         }
@@ -88,11 +88,10 @@ def _few_shot_splits(
     if settings.split_dir is not None:
         if train.folder is None:
             raise ValueError("few_shot.split_dir needs images in a folder")
-        files = msn_split_files(settings.split_dir, settings.counts)
-        names = [train.folder.path(i) for i in range(len(train))]
-        if settings.fraction is None:
-            files.pop("1 %", None)
-        return match_listed(files, names)
+        files = msn_split_files(
+            settings.split_dir, settings.counts, settings.fraction, settings.num_splits
+        )
+        return match_listed(files, [train.folder.path(i) for i in range(len(train))])
     smallest = int(train.labels.bincount().min())
     counts = [n for n in settings.counts if n <= smallest]
     if not counts and settings.fraction is None:
@@ -120,11 +119,11 @@ def prepare_few_shot(settings: FewShotSettings, images: Images, run: EvaluationS
         )
 
     def few_shot(bench: Workbench) -> dict[str, Any]:
-        wanted = {"feature": settings.feature}
+        wanted, crop = {"feature": settings.feature}, bench.transform(settings)
         # only the images that a split names go through the network
         few = train.subset(rows.tolist(), "few-shot")
-        features, labels = bench.features(few, wanted, settings.transform)
-        val, val_labels = bench.features(images.val, wanted, settings.transform)
+        features, labels = bench.features(few, wanted, crop)
+        val, val_labels = bench.features(images.val, wanted, crop)
         found = _alone(
             bench,
             lambda: few_shot_over_splits(
@@ -145,7 +144,7 @@ def prepare_few_shot(settings: FewShotSettings, images: Images, run: EvaluationS
             "skipped_counts": skipped,
             "splits": settings.split_dir or f"drawn, seed {run.seed}",
             "feature": bench.describe_feature(settings.feature),
-            "transform": describe(settings.transform, run.data.format),
+            "transform": describe(crop, run.data.format),
             "val_images": len(val_labels),
         }
 
@@ -192,11 +191,11 @@ def prepare_transfer(settings: TransferSettings, images: Images, run: Evaluation
         check_folds(pair.train.labels, settings.folds, f"transfer {pair.name}")
 
     def transfer(bench: Workbench) -> dict[str, Any]:
-        wanted = {"feature": settings.feature}
+        wanted, crop = {"feature": settings.feature}, bench.transform(settings)
         results: dict[str, Any] = {}
         for pair in pairs:
-            train, labels = bench.features(pair.train, wanted, settings.transform)
-            test, test_labels = bench.features(pair.test, wanted, settings.transform)
+            train, labels = bench.features(pair.train, wanted, crop)
+            test, test_labels = bench.features(pair.test, wanted, crop)
             results[pair.name] = _alone(
                 bench,
                 lambda train=train, labels=labels, test=test, test_labels=test_labels, pair=pair: (  # type: ignore[misc]
@@ -221,7 +220,7 @@ def prepare_transfer(settings: TransferSettings, images: Images, run: Evaluation
             "datasets": results,
             "average": transfer_averages(results),
             "feature": bench.describe_feature(settings.feature),
-            "transform": describe(settings.transform, run.data.format),
+            "transform": describe(crop, run.data.format),
         }
 
     return transfer

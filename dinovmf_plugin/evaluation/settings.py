@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from dinovmf_plugin.evaluation.few_shot import DEFAULT_LAMBD
 from dinovmf_plugin.evaluation.images import FORMATS
 from dinovmf_plugin.evaluation.knn import DEFAULT_KS, DEFAULT_TEMPERATURE
 from dinovmf_plugin.evaluation.linear import DEFAULT_LRS
+from dinovmf_plugin.evaluation.typed import build, check_type
 
 __all__ = [
     "BASELINES",
@@ -263,20 +264,22 @@ class EvaluationSettings:
             evaluations: by default ``config["evaluations"]``.
 
         Raises:
-            ValueError: for an unknown evaluation or key, or a value that cannot work.
+            ValueError: for an unknown evaluation or key, or a value of the wrong type or that cannot work.
         """
         config = dict(config)
-        chosen = list(config.pop("evaluations", ()) if evaluations is None else evaluations)
+        given = config.pop("evaluations", ()) if evaluations is None else evaluations
+        check_type("evaluations", given, Sequence[str])
+        chosen = list(given)
         unknown = [name for name in chosen if name not in EVALUATIONS]
         if unknown or not chosen or len(set(chosen)) < len(chosen):
             raise ValueError(f"evaluations={chosen} must be some of {list(EVALUATIONS)}, each once")
         sections = {
-            name: _build(EVALUATIONS[name], config.pop(name, {}) or {}, f"{name}.")
+            name: build(EVALUATIONS[name], config.pop(name, {}) or {}, f"{name}.")
             for name in EVALUATIONS
         }
-        data = _build(DataSettings, config.pop("data", {}) or {}, "data.")
+        data = build(DataSettings, config.pop("data", {}) or {}, "data.")
         rest = {"evaluations": chosen, "sections": sections, "data": data}
-        settings: EvaluationSettings = _build(cls, config | rest, "")
+        settings: EvaluationSettings = build(cls, config | rest, "")
         settings.check()
         return settings
 
@@ -299,11 +302,3 @@ class EvaluationSettings:
         _one_of("data.format", self.data.format, FORMATS)
         _at_least("data.batch_size", self.data.batch_size, 1)
         _at_least("data.num_workers", self.data.num_workers, 0)
-
-
-def _build(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"unknown key {prefix}{unknown[0]}: choose from {sorted(known)}")
-    return kind(**values)

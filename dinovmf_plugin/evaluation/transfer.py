@@ -88,11 +88,12 @@ def check_folds(labels: ArrayLike, folds: int, name: str = "training set") -> No
         raise ValueError(f"folds={folds} must be at least 2 (the protocol's is 5)")
     if len(classes) < 2:
         raise ValueError(f"{name}: a classifier needs at least two classes, got {len(classes)}")
-    if counts.min() < folds:
+    smallest = counts.min()
+    if smallest < folds:
+        instead = f"use folds={smallest}" if smallest > 1 else "leave this class out"
         raise ValueError(
-            f"{name}: class {classes[counts.argmin()]} has {counts.min()} images, so it would be "
-            f"missing in a fold of {folds}-fold cross-validation: give it at least {folds}, or use "
-            f"folds={max(2, counts.min())}"
+            f"{name}: class {classes[counts.argmin()]} has {smallest} images, so it would be missing in a "
+            f"fold of {folds}-fold cross-validation: give it at least {folds}, or {instead}"
         )
 
 

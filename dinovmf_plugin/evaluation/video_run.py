@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dinovmf_plugin.backbones import forward_tokens
+from dinovmf_plugin.checkpoints.statistics import IMAGENET, Statistics
 from dinovmf_plugin.evaluation import davis, video_figures
 from dinovmf_plugin.evaluation.dense import load_evaluated_vit
 from dinovmf_plugin.evaluation.label_propagation import (
@@ -31,6 +32,7 @@ from dinovmf_plugin.evaluation.run_folder import (
     write_atomic,
     write_json,
 )
+from dinovmf_plugin.evaluation.typed import check_types
 from dinovmf_plugin.evaluation.video_report import collect_sequences, object_table, video_page
 from dinovmf_plugin.evaluation.video_segmentation import score_sequence
 
@@ -51,7 +53,7 @@ class VideoSettings:
     num_heads: int | None = None
     seed: int = 0
     split: str = "val"
-    year: str = "2017"
+    year: str | int = "2017"
     resolution: str = "480p"
     sequences: list[str] | None = None
     size: int = 480
@@ -69,6 +71,7 @@ class VideoSettings:
         Raises:
             ValueError: naming the key, its value and what would be right.
         """
+        check_types(self)
         for key in ("checkpoint", "data_path", "output_dir"):
             if not getattr(self, key):
                 raise ValueError(f"{key}={getattr(self, key)!r} must be set to a path")
@@ -95,6 +98,7 @@ def segment_sequence(
     settings: VideoSettings,
     device: torch.device,
     on_frame: Callable[[], object] = lambda: None,
+    statistics: Statistics = davis.PUBLISHED,
 ) -> tuple[list[Labels], dict[str, float]]:
     """Carry the first annotation through a sequence.
 
@@ -104,6 +108,7 @@ def segment_sequence(
         settings: size of the frames and the propagation's numbers.
         device: where it is computed.
         on_frame: called after every frame.
+        statistics: what the frames are normalised by.
 
     Returns:
         Label numbers ``(H, W)`` of every frame, the first as annotated; and seconds per frame of
@@ -120,7 +125,7 @@ def segment_sequence(
         nonlocal spent
         for path in sequence.frames:
             begun = _clock(device)
-            frame = davis.read_frame(path, size)[None].to(device)
+            frame = davis.read_frame(path, size, statistics)[None].to(device)
             tokens = forward_tokens(vit, frame)[0, vit.num_prefix_tokens :]
             spent += _clock(device) - begun
             yield tokens
@@ -185,8 +190,9 @@ def _run_sequence(
     device: torch.device,
     folder: Path,
     on_frame: Callable[[], object],
+    statistics: Statistics,
 ) -> None:
-    masks, seconds = segment_sequence(vit, sequence, settings, device, on_frame)
+    masks, seconds = segment_sequence(vit, sequence, settings, device, on_frame, statistics)
     _save_masks(folder, sequence, masks)
     truth = [davis.read_annotation(path) for path in sequence.annotations]
     begun = time.perf_counter()
@@ -251,11 +257,15 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
         num_heads=settings.num_heads,
         seed=settings.seed,
     )
-    bound = {
+    bound: dict[str, Any] = {
         "task": "video segmentation",
         "network": network.identity,
         "data": str(Path(str(settings.data_path)).resolve()),
     }
+    # those of the published numbers are ImageNet's but for a slip of 0.001
+    own = network.statistics
+    statistics = davis.PUBLISHED if own == IMAGENET else own
+    bound |= {"mean": list(statistics.mean), "std": list(statistics.std)}
     for key in ("resolution", "size", "context_frames", "radius", "topk", "temperature"):
         bound[key] = getattr(settings, key)
     folder = open_run_folder(str(settings.output_dir), bound)
@@ -264,7 +274,7 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
     with tqdm(total=sum(len(s.frames) - 1 for s in todo), unit="frame") as progress:
         for sequence in todo:
             progress.set_description(sequence.name)
-            _run_sequence(vit, sequence, settings, device, folder, progress.update)
+            _run_sequence(vit, sequence, settings, device, folder, progress.update, statistics)
     for sequence in tqdm(sequences, desc="pictures", unit="sequence"):
         _draw(folder, sequence, settings)
     collected = collect_sequences([_score_path(folder, sequence) for sequence in sequences])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dinovmf_plugin.evaluation.images import (
     rank_share,
 )
 from dinovmf_plugin.evaluation.processes import Processes
-from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings
+from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings, _Section
 
 __all__ = ["Images", "Workbench"]
 
@@ -83,6 +83,10 @@ class Workbench:
         """The feature in words, as results and feature files record it."""
         spec = resolve_feature(feature, self.backbone.model)
         return "output of the network" if spec is None else str(spec)
+
+    def transform(self, section: _Section) -> CenterCrop:
+        """The section's test transform with the network's own channel statistics."""
+        return replace(section.transform, **self.backbone.statistics._asdict())
 
     def loader(self, images: ImageSet, transform: CenterCrop) -> Any:
         """Batches of this process's share of ``images``."""

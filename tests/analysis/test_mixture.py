@@ -19,6 +19,7 @@ from dinovmf_plugin.analysis.mixture import (
     typicality,
 )
 from dinovmf_plugin.analysis.sampling import sample_mixture, sample_vmf
+from dinovmf_plugin.centering import LogitCentering
 from dinovmf_plugin.prototypes import Prototypes
 
 
@@ -97,18 +98,36 @@ def test_uniform_weights__differ_from_the_model_where_plain_dino_has_free_norms(
 def test_center_log_weights__follow_the_units_of_the_centre():
     usage = torch.tensor([0.5, 0.3, 0.2])
     common = {"temperature": 0.05}
-    for centering, normalization, center in (
-        ("probability", "none", usage.log() - 7),
-        ("probability", "vmf", usage.log() + 3),
-        ("logit", "l2", 0.05 * usage.log() + 1),
-        ("logit", "vmf", usage.log()),
+    for centering, normalization, raw_scores, center in (
+        ("probability", "none", False, usage.log() - 7),
+        ("probability", "vmf", False, usage.log() + 3),
+        ("logit", "l2", False, 0.05 * usage.log() + 1),
+        ("logit", "vmf", False, usage.log()),
+        ("logit", "vmf", True, 0.05 * usage.log() + 1),
     ):
-        found = center_log_weights(
-            center[None], centering=centering, normalization=normalization, **common
-        )
+        units = {"centering": centering, "normalization": normalization, "raw_scores": raw_scores}
+        found = center_log_weights(center[None], **units, **common)
         torch.testing.assert_close(found.exp(), usage.double(), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="sinkhorn"):
         center_log_weights(usage, centering="sinkhorn", normalization="l2", **common)
+
+
+@pytest.mark.parametrize("raw_scores", [False, True])
+def test_center_log_weights__are_what_training_divides_its_targets_by(raw_scores):
+    torch.manual_seed(0)
+    scores, bias = torch.randn(40, 6), torch.randn(6)
+    centering = LogitCentering(6, momentum=0.0, raw_scores=raw_scores)
+    centering.update(scores, 0.05, bias)
+    log_weights = center_log_weights(
+        centering.center,
+        centering="logit",
+        normalization="vmf",
+        temperature=0.05,
+        raw_scores=raw_scores,
+    )
+    expected = (scores / 0.05 + bias - log_weights).softmax(dim=-1)
+    found = centering(scores, 0.05, bias)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_weights__shift_the_likelihood(mixture):

@@ -233,6 +233,7 @@ def test_few_shot_from_published_lists(compose, run_overrides, folders, vit_file
     chosen = [f"{name}_{i}.png" for name in ("bar", "blue", "green", "red") for i in (3, 11)]
     (lists / "2imgs_class.txt").write_text("\n".join(reversed(chosen)))
     small = ["few_shot.resize=24", "few_shot.crop_size=24", "few_shot.counts=[2]"]
+    small += ["few_shot.num_splits=1", "few_shot.fraction=null"]
     small += [f"few_shot.split_dir={lists.parent}", f"data.train_path={renamed}"]
     result = evaluate_one(compose("few_shot", *run_overrides, *small), "few_shot")
     features, labels = _by_hand(renamed, vit_file, pre_norm=True, interpolation="bilinear")

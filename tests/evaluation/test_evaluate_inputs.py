@@ -1,6 +1,7 @@
 """Bad folders and settings in one sentence, labels, reading by DALI, names and the script."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dinovmf_plugin.data.loaders import leave_signals_to_the_parent
 from dinovmf_plugin.evaluation.backbone import load_evaluated, method_label, untrained_like
 from dinovmf_plugin.evaluation.images import image_folder, loader_for
 from dinovmf_plugin.evaluation.paper import PAPER, paper_rows
@@ -98,6 +100,43 @@ def test_dali_reads_the_same_images(folders):
     )
     assert pillow[1].tolist() == dali[1].tolist() == images.labels.tolist()
     torch.testing.assert_close(pillow[0], dali[0], atol=0.05, rtol=0)
+
+
+def test_dali_decodes_on_the_device_of_the_network(folders, monkeypatch):
+    dali = pytest.importorskip("dinovmf_plugin.data.dali", exc_type=ImportError)
+    seen = []
+    monkeypatch.setattr(dali, "DALIEvaluationLoader", lambda *_, **kwargs: seen.append(kwargs))
+    images = image_folder(str(folders[1]), "data.val_path")
+    for device in ("cuda:1", "cuda", torch.device("cpu")):
+        loader_for(images, _transform(), data_format="dali", device=device)
+    assert [(kwargs["device"], kwargs["device_id"]) for kwargs in seen] == [
+        ("gpu", 1),
+        ("gpu", None),
+        ("cpu", None),
+    ]
+
+
+def test_workers_of_the_linear_probes_start_as_the_others(compose, run_overrides, monkeypatch):
+    """Not by forking beside DALI's threads; and they leave signals to the parent."""
+
+    class Stop(Exception):
+        pass
+
+    seen = {}
+
+    def spy(dataset, **kwargs):
+        seen.update(kwargs, dataset=pickle.loads(pickle.dumps(dataset)))  # noqa: S301
+        raise Stop
+
+    where = "dinovmf_plugin.evaluation.linear_run."
+    monkeypatch.setattr(f"{where}worker_start_method", lambda n: f"started for {n}")
+    monkeypatch.setattr(f"{where}DataLoader", spy)
+    monkeypatch.setattr("dinovmf_plugin.evaluation.workbench.Workbench.features", lambda *_: None)
+    with pytest.raises(Stop):
+        evaluate_one(compose("linear", *run_overrides, "data.num_workers=3"), "linear")
+    assert seen["multiprocessing_context"] == "started for 3"
+    assert seen["worker_init_fn"] is leave_signals_to_the_parent
+    assert seen["dataset"][0][0].shape == (3, 224, 224)
 
 
 def test_previous_results_move_aside(tmp_path):

@@ -141,7 +141,7 @@ def msn_folder(tmp_path):
 
 def test_published_lists_and_the_misnamed_one(msn_folder):
     folder, files = msn_folder
-    split_files = msn_split_files(folder, [1, 2, 5])
+    split_files = msn_split_files(folder, [1, 2, 5], 0.01, 3)
     assert [path.name for path in split_files["5 per class"]][2] == "3imgs_class.txt"
     assert {name: len(paths) for name, paths in split_files.items()} == {
         "1 per class": 3,
@@ -153,6 +153,8 @@ def test_published_lists_and_the_misnamed_one(msn_folder):
     assert splits["1 per class"][1].tolist() == [10, 40]
     assert splits["5 per class"][2].tolist() == [*range(20, 25), *range(50, 55)]
     assert splits["1 %"][0].tolist() == [7, 33]
+    fewer = msn_split_files(folder, [2], None, 2)
+    assert {name: len(paths) for name, paths in fewer.items()} == {"2 per class": 2}
 
 
 def test_lists_that_do_not_fit(msn_folder, tmp_path):
@@ -160,11 +162,20 @@ def test_lists_that_do_not_fit(msn_folder, tmp_path):
     with pytest.raises(
         ValueError, match="names 1 images that data.train_path lacks, such as n01_7"
     ):
-        match_listed(msn_split_files(folder, []), [f for f in files if "n01_7.JPEG" not in f])
+        match_listed(
+            msn_split_files(folder, [], 0.01, 3), [f for f in files if "n01_7.JPEG" not in f]
+        )
     with pytest.raises(FileNotFoundError, match="no list of 4 images per class"):
-        msn_split_files(folder, [4])
+        msn_split_files(folder, [4], 0.01, 3)
     with pytest.raises(FileNotFoundError, match="holds no folder imagenet_subsets1"):
-        msn_split_files(folder / "imagenet_subsets1", [1])
+        msn_split_files(folder / "imagenet_subsets1", [1], 0.01, 3)
+    with pytest.raises(ValueError, match=r"fraction=0.1 has no list .* use 0.01 .* or null"):
+        msn_split_files(folder, [1], 0.1, 3)
+    with pytest.raises(FileNotFoundError, match="num_splits=4 exceeds .*: use at most 3"):
+        msn_split_files(folder, [1], None, 4)
+    (folder / "imagenet_subsets1" / "1percent.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no imagenet_subsets1/1percent.txt: .*=null"):
+        msn_split_files(folder, [1], 0.01, 3)
 
 
 @pytest.mark.parametrize(

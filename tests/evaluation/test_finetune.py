@@ -1,11 +1,13 @@
 import json
 import math
+import pickle
 
 import pytest
 import torch
 from PIL import Image
 from timm.models import VisionTransformer
 
+from dinovmf_plugin.data.loaders import leave_signals_to_the_parent
 from dinovmf_plugin.evaluation.finetune import FineTuner, build_classifier, training_loader
 from dinovmf_plugin.evaluation.finetune_run import classification_scores, finetune
 from dinovmf_plugin.evaluation.finetune_settings import FinetuneSettings
@@ -171,6 +173,33 @@ def test_repeated_augmentation_repeats(folders):
     assert sorted(plain) == list(range(48))
 
 
+def test_an_epoch_without_a_batch_is_refused(make_folder):
+    """timm's sampler draws a multiple of 256 images: 300 leave no batch of 300, which divided by zero."""
+    images = image_folder(str(make_folder(75, size=4)), "data.train_path", check_images="none")
+    repeated = _settings(repeated_aug=3, batch_size=300)
+    with pytest.raises(
+        ValueError, match=r"batch_size=300 exceeds the 256 images .* draws of 300: use at most 256"
+    ):
+        training_loader(images, repeated, Processes(), 0, seed=0)
+    fits = _settings(repeated_aug=3, batch_size=256)
+    assert len(training_loader(images, fits, Processes(), 0, seed=0)) == 1
+    assert len(training_loader(images, _settings(batch_size=300), Processes(), 0, seed=0)) == 1
+
+
+def test_workers_start_as_those_of_the_evaluations(folders, monkeypatch):
+    """Not by forking beside DALI's threads; and they leave signals to the parent."""
+    monkeypatch.setattr(
+        "dinovmf_plugin.evaluation.finetune.worker_start_method", lambda n: "spawn" if n else None
+    )
+    images = image_folder(str(folders[0]), "data.train_path")
+    loader = training_loader(images, _settings(), Processes(), 2, seed=0)
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    assert loader.worker_init_fn is leave_signals_to_the_parent
+    sent = pickle.loads(pickle.dumps(loader.dataset))  # noqa: S301  (as a worker gets it)
+    assert sent[5][0].shape == (3, 24, 24)
+    assert training_loader(images, _settings(), Processes(), 0, 0).multiprocessing_context is None
+
+
 def test_random_magnitudes_may_remove_every_bit(folders):
     """Pillow 13 refuses to posterise to 0 bits, which the recipes' RandAugment asks for now and then."""
     images = image_folder(str(folders[0]), "data.train_path")
@@ -269,6 +298,9 @@ def test_a_sweep_learns_resumes_exactly_and_reports_the_best(
     [
         ("finetune.batch_size=64", "batch_size=64 exceeds the 48 training images"),
         ("checkpoint=nothing.pth", "no checkpoint file nothing.pth"),
+        ("checkpoint=random:nonsense", "random:nonsense names no Vision Transformer of timm"),
+        ("finetune.epochs=2.5", "finetune.epochs=2.5 must be a whole number"),
+        ("finetune.lr=high", "finetune.lr='high' must be a list of numbers or a number"),
         ("finetune.warmup_epochs=9", "warmup_epochs=9 must be"),
         ("data.val_path=null", "data.val_path=None must be set"),
     ],

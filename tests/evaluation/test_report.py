@@ -85,8 +85,8 @@ def test_linear_tables():
 def test_few_shot_has_the_papers_settings_only():
     entry = {"mean": 40.0, "std": 1.5}
     html = _html("few_shot", {"top1": {"5 per class": entry, "10 %": entry}})
-    assert _row(html, "ours") == ["ours", "40.00 ± 1.50", "40.00 ± 1.50"]
-    assert _row(html, "DINO ViT-Base/16, paper (ImageNet)")[1:] == ["61.40 ± 0.20", "–"]
+    assert _row(html, "ours") == ["ours", "40.00\u00a0±\u00a01.50", "40.00\u00a0±\u00a01.50"]
+    assert _row(html, "DINO ViT-Base/16, paper (ImageNet)")[1:] == ["61.40\u00a0±\u00a00.20", "–"]
     assert "ViT-Base/16" not in _html("few_shot", {"top1": {"10 %": entry}})
 
 

@@ -1,10 +1,14 @@
 from dataclasses import fields
+from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from dinovmf_plugin.evaluation.finetune_settings import FinetuneSettings
+from dinovmf_plugin.evaluation.retrieval_run import RetrievalSettings
 from dinovmf_plugin.evaluation.settings import EVALUATIONS, EvaluationSettings
+from dinovmf_plugin.evaluation.video_run import VideoSettings
 
 
 def _plain(value):
@@ -117,6 +121,18 @@ def test_finetuning_recipes(compose):
         (["transfer.datasets=[dtd]"], "needs transfer.root"),
         (["transfer.n_jobs=0"], "transfer.n_jobs=0 must be at least 1"),
         (["transfer.max_iter=0"], "transfer.max_iter=0 must be at least 1"),
+        (["knn.ks=10"], r"^knn.ks=10 must be a list of whole numbers: \[10\]$"),
+        (["knn.ks=[1.5]"], r"^knn.ks=\[1.5\] must be a list of whole numbers$"),
+        (["linear.lrs=0.1"], r"linear.lrs=0.1 must be a list of numbers: \[0.1\]"),
+        (["linear.epochs=1.5"], "linear.epochs=1.5 must be a whole number$"),
+        (["linear.augment=1"], "linear.augment=1 must be true or false"),
+        (["linear.features=cls"], r"features='cls' must be a list of text or groups of keys: \["),
+        (["few_shot.fraction=true"], "few_shot.fraction=True must be a number or null"),
+        (["data.batch_size=many"], "data.batch_size='many' must be a whole number$"),
+        (["data.train_path=7"], "data.train_path=7 must be text or null"),
+        (["evaluations=knn"], r"^evaluations='knn' must be a list of text: \[knn\]$"),
+        (["baselines=pixels"], r"baselines='pixels' must be a list of text: \[pixels\]"),
+        (["knn=5"], "knn=5 must be a group of keys"),
     ],
 )
 def test_bad_values_name_their_key(compose, overrides, message):
@@ -151,3 +167,29 @@ def test_unknown_keys_are_refused():
 def test_bad_finetuning_values_name_their_key(change, message):
     with pytest.raises(ValueError, match=message):
         FinetuneSettings(**change).check()
+
+
+def test_lists_and_numbers_of_every_kind_are_taken():
+    sections = {
+        "knn": {"ks": range(1, 3), "temperature": 1},
+        "linear": {"lrs": tuple(np.array([0.1, 1.0]))},
+    }
+    data = {"train_path": Path("train"), "batch_size": np.int64(4)}
+    given = {"checkpoint": "a", "output_dir": Path("b"), "evaluations": ("knn",), "data": data}
+    settings = EvaluationSettings.from_config(given | sections)
+    assert list(settings.sections["knn"].ks) == [1, 2]
+    assert settings.data.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (RetrievalSettings("a", "b", "c", scales=1.0), r"a list of numbers: \[1.0\]"),
+        (RetrievalSettings("a", "b", "c", imsize="big"), "imsize='big' must be a whole"),
+        (VideoSettings("a", "b", "c", topk=1.5), "topk=1.5 must be a whole number"),
+        (VideoSettings("a", "b", "c", sequences="bear"), r"a list of text or null: \[bear"),
+    ],
+)
+def test_wrong_types_of_the_others_name_their_key_too(settings, message):
+    with pytest.raises(ValueError, match=message):
+        settings.check()

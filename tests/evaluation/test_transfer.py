@@ -163,7 +163,11 @@ def test_labels_of_any_value_and_metrics_that_differ():
     [
         (
             {"train_labels": [0, 0, 0, 0, 0, 1, 1, 1, 1]},
-            "class 1 has 4 images, so it would be missing",
+            "class 1 has 4 images, so it would be missing .*: give it at least 5, or use folds=4",
+        ),
+        (
+            {"train_labels": [0, 0, 0, 0, 0, 0, 0, 0, 1]},
+            "class 1 has 1 images, so it would be missing .* or leave this class out",
         ),
         ({"train_labels": [5] * 9}, "at least two classes, got 1"),
         ({"test_labels": [0] * 8 + [7]}, "test class 7 has no training image"),

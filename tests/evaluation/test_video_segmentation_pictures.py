@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dinovmf_plugin.checkpoints.statistics import Statistics
 from dinovmf_plugin.evaluation import davis
 from dinovmf_plugin.evaluation.synthetic_video import moving_objects, write_moving_objects
 from dinovmf_plugin.evaluation.video_figures import overlay
@@ -45,6 +46,10 @@ def test_frame__size_and_normalisation(tmp_path):
     )  # halves may round either way
     assert np.mean(np.abs(levels.numpy() - expected) > 0.01) < 0.01
     assert levels.numpy() == pytest.approx(levels.numpy().round(), abs=1e-3)
+    plain = davis.read_frame(
+        tmp_path / "frame.png", (64, 128), Statistics((0.0,) * 3, (1 / 255,) * 3)
+    )
+    torch.testing.assert_close(plain.permute(1, 2, 0), levels, atol=1e-3, rtol=0)
 
 
 def test_shrink_annotation__nearest_and_void_is_background():
