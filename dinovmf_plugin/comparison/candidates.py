@@ -161,11 +161,13 @@ def compose_recipe(
     """
     name = candidate.recipe or recipe
     arguments = [*overrides]
-    if candidate.method is not None:
-        arguments.append(f"method={candidate.method}")
     try:
         with _composing():
             cfg = compose(config_name=name, overrides=arguments)
+            # the recipe's own method may be a variant of it: l2 for DINO's ViT-B
+            if candidate.method not in (None, cfg.method):
+                arguments.append(f"method={candidate.method}")
+                cfg = compose(config_name=name, overrides=arguments)
     except HydraException as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"recipe={name!r} with overrides={arguments}: {first}") from error

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
-__all__ = ["CurveRecorder", "read_curve"]
+__all__ = ["CurveRecorder", "read_curve", "read_monitor"]
 
 
 class CurveRecorder(Callback):
     """Appends one line per epoch to ``curve.jsonl`` in the run's folder, so that a resumed run goes on.
 
-    Draws no random numbers from training.
+    Draws no random numbers from training. ``seconds`` count on from where an interrupted run was.
 
     Args:
         knn: maps the teacher's backbone to its top-1 accuracy in percent.
@@ -30,12 +30,17 @@ class CurveRecorder(Callback):
         self.knn, self.every = knn, every
         self._start = 0.0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        self._start = time.monotonic()
+        earlier = [
+            record["seconds"]
+            for record in read_curve(Path(pl_module.run_folder))
+            if record["epoch"] <= trainer.current_epoch
+        ]
+        self._start = time.monotonic() - max(earlier, default=0.0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Record the epoch; evaluate if it is due."""
+        """Record the epoch; evaluate if it is due, on the first process."""
         epoch = trainer.current_epoch + 1
         loss = trainer.callback_metrics.get("train_loss")
         record: dict[str, Any] = {

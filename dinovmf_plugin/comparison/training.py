@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,10 @@ from dinovmf_plugin.host.config import count_devices, parse_cfg
 __all__ = ["train"]
 
 
-def _knn(cfg: Mapping[str, Any], k: int, network: nn.Module) -> float:
+def _knn(cfg: DictConfig, k: int, network: nn.Module) -> float:
+    """Top-1 of a network, on one process alone; the images were checked before training."""
+    if not OmegaConf.select(cfg, "data.skip_unreadable"):
+        cfg = OmegaConf.merge(cfg, {"data": {"check_images": "none"}})  # type: ignore[assignment]
     device = next(network.parameters()).device
     loaders = (validation_loader(cfg, train=True), validation_loader(cfg))
     (bank, labels), (queries, query_labels) = (

@@ -12,7 +12,13 @@ import torch.distributed as dist
 from PIL import Image
 
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
-from dinovmf_plugin.data.folders import ImageFolder, list_images, take_fraction
+from dinovmf_plugin.data.folders import (
+    ImageFolder,
+    class_names,
+    list_images,
+    relabel,
+    take_fraction,
+)
 from dinovmf_plugin.data.images import find_unreadable, refuse_or_drop
 from dinovmf_plugin.data.loaders import FolderSource, ImageSource, PretrainLoader
 from dinovmf_plugin.data.recipe import Recipe, parse_recipe
@@ -90,12 +96,14 @@ class TorchvisionSource:
         return int(self._labels[self._indices[index]])
 
 
-def _unreadable(images: ImageFolder, check: str, num_threads: int) -> dict[int, str]:
-    """Unreadable images; the processes of a running process group share the work."""
+def _unreadable(
+    images: ImageFolder, check: str, num_threads: int, world_size: int
+) -> dict[int, str]:
+    """Unreadable images; the processes that load together share the work."""
     paths = [images.path(index) for index in range(len(images))]
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world_size == 1 or not (dist.is_available() and dist.is_initialized()):
         return find_unreadable(paths, check=check, num_threads=num_threads)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     mine = find_unreadable(
         paths[rank::world_size], check=check, num_threads=num_threads, progress=rank == 0
     )
@@ -104,9 +112,12 @@ def _unreadable(images: ImageFolder, check: str, num_threads: int) -> dict[int, 
     return dict(sorted(item for found in gathered for item in found.items()))
 
 
-def _readable(cfg: Mapping[str, Any], images: ImageFolder, key: str) -> ImageFolder:
+def _readable(
+    cfg: Mapping[str, Any], images: ImageFolder, key: str, world_size: int
+) -> ImageFolder:
     check = str(_get(cfg, "data.check_images", "fast"))
-    bad = _unreadable(images, check, 2 * max(1, int(_get(cfg, "data.num_workers", 4))))
+    num_threads = 2 * max(1, int(_get(cfg, "data.num_workers", 4)))
+    bad = _unreadable(images, check, num_threads, world_size)
     readable = refuse_or_drop(
         images, bad, skip=bool(_get(cfg, "data.skip_unreadable", False)), key=key
     )
@@ -115,13 +126,14 @@ def _readable(cfg: Mapping[str, Any], images: ImageFolder, key: str) -> ImageFol
     return readable
 
 
-def training_images(cfg: Mapping[str, Any]) -> ImageFolder:
+def training_images(cfg: Mapping[str, Any], *, world_size: int = 1) -> ImageFolder:
     """Lists and checks the images of ``data.train_path``.
 
     Args:
         cfg: config with ``data.train_path`` and, if wanted, ``data.no_labels`` (default False),
             ``data.fraction`` (-1: all), ``data.check_images`` (``fast``, ``full`` or ``none``),
             ``data.skip_unreadable`` (False) and ``data.num_workers``.
+        world_size: number of processes that call this together; they share the checking.
 
     Returns:
         The images to train on.
@@ -136,7 +148,7 @@ def training_images(cfg: Mapping[str, Any]) -> ImageFolder:
         raise ValueError("data.train_path is missing: the folder of the training images")
     images = list_images(root, labelled=not _get(cfg, "data.no_labels", False))
     images = images.subset(take_fraction(images.labels, _get(cfg, "data.fraction")))
-    return _readable(cfg, images, "data.train_path")
+    return _readable(cfg, images, "data.train_path", world_size)
 
 
 def pretrain_loader(
@@ -192,7 +204,7 @@ def pretrain_loader(
         )
         return PretrainLoader(source, recipe, plan(len(source)), num_workers=num_workers)
 
-    images = training_images(cfg)
+    images = training_images(cfg, world_size=world_size)
     if data_format == "image_folder":
         return PretrainLoader(
             FolderSource(images), recipe, plan(len(images)), num_workers=num_workers
@@ -228,12 +240,12 @@ def validation_loader(
 
     Args:
         cfg: as for :func:`pretrain_loader`; validation images are in ``data.val_path``, a labelled
-            folder.
+            folder. Its labels are those of the training folder's classes, some of which it may lack.
         train: read ``data.train_path`` (all of it, in order) instead.
         transform: by default the size of the recipe's first crop after a resize to 256/224 of it
             (none for CIFAR and STL-10).
-        rank: this process; it takes every ``world_size``-th image.
-        world_size: number of processes.
+        rank: this process; it takes every ``world_size``-th image of a folder (CIFAR and STL-10: all).
+        world_size: number of processes that call this together.
         device_id: GPU of this process for ``dali.device=gpu``.
 
     Returns:
@@ -263,7 +275,9 @@ def validation_loader(
         images = list_images(
             root, labelled=not (train and _get(cfg, "data.no_labels", False)), key=key
         )
-        images = _readable(cfg, images, key)
+        if not train and not _get(cfg, "data.no_labels", False):
+            images = relabel(images, class_names(_get(cfg, "data.train_path")), key=key)
+        images = _readable(cfg, images, key, world_size)
         images = images.subset(np.arange(rank, len(images), world_size))
         if data_format == "dali":
             from dinovmf_plugin.data.dali import DALIEvaluationLoader

@@ -213,7 +213,8 @@ def parse_recipe(
         One :class:`Crop` per crop, in the order of the list.
 
     Raises:
-        ValueError: a key is unknown or missing or a value is out of range; the message names it.
+        ValueError: a key is unknown or missing, a value is out of range or the large crops do not come
+            first; the message names it.
 
     Differs from upstream:
         solo-learn reads unknown keys silently, so that a misspelt operation is never applied; with
@@ -237,6 +238,13 @@ def parse_recipe(
         if not isinstance(pipeline, Mapping):
             raise ValueError(f"{where} must be a group of keys, got {pipeline!r}")
         crops.extend(_parse_pipeline(where, pipeline, dataset))
+    sizes = [crop.size for crop in crops]
+    large = next((i for i, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+    if any(size >= sizes[0] for size in sizes[large:]):
+        raise ValueError(
+            f"augmentations give crops of {sizes} pixels: list the large ones, all of one size, first; the "
+            "teacher sees those, and smaller crops follow"
+        )
     return tuple(crops)
 
 

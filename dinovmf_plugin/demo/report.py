@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from dinovmf_plugin.analysis.figures import themed
 from dinovmf_plugin.analysis.report import Page, Sheet, Thumbnail, table, thumbnail
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.demo.history import LabelledImages
 from dinovmf_plugin.evaluation.features import extract_features
+from dinovmf_plugin.evaluation.run_folder import write_atomic
 
-__all__ = ["write_report"]
+__all__ = ["LabelledImages", "write_report"]
+
+LabelledImages = list[tuple[Tensor, Tensor]]  # batches of images and labels
 
 
 def _curve(
@@ -232,4 +234,4 @@ def write_report(
     page.text(f"Pictures: {about['note']}. Licence: {about['licence']}.", note=True)
     shown = {k: results[k] for k in ("settings", "recipe", "versions")}
     page.details("Settings and versions", json.dumps(shown, indent=2))
-    path.write_text(page.html(), encoding="utf-8")
+    write_atomic(path, lambda file: file.write(page.html().encode()))

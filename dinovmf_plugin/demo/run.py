@@ -16,11 +16,13 @@ from torch import nn
 from dinovmf_plugin import registry
 from dinovmf_plugin.checkpoints import load_backbone
 from dinovmf_plugin.comparison.candidates import Candidate, compose_recipe
+from dinovmf_plugin.comparison.curve import CurveRecorder, read_curve, read_monitor
 from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
-from dinovmf_plugin.demo.history import EpochHistory, LabelledImages, evaluate
-from dinovmf_plugin.demo.report import write_report
-from dinovmf_plugin.evaluation.features import PixelFeatures
+from dinovmf_plugin.demo.report import LabelledImages, write_report
+from dinovmf_plugin.evaluation.features import PixelFeatures, extract_features
+from dinovmf_plugin.evaluation.knn import knn_accuracy
+from dinovmf_plugin.evaluation.run_folder import write_json
 from dinovmf_plugin.host.config import parse_cfg
 from dinovmf_plugin.pretraining import build_method, pretrain
 
@@ -55,11 +57,6 @@ def _untrained(recipe: DictConfig) -> nn.Module:
     """The backbone that every method starts from: the same seed gives the same weights."""
     torch.manual_seed(recipe.seed)
     return build_method(recipe.copy()).momentum_backbone
-
-
-def _monitor(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "monitor.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def _versions() -> dict[str, str]:
@@ -101,8 +98,19 @@ def run_demo(cfg: DictConfig) -> dict[str, Any]:
     bank, queries = _images(first, True), _images(first, False)
     ks = list(cfg.knn.ks)
 
+    def accuracy(network: nn.Module, ks: list[int]) -> dict[int, tuple[float, float]]:
+        (features, labels), (query_features, query_labels) = (
+            extract_features(network, images, progress=False) for images in (bank, queries)
+        )
+        inputs = features, labels, query_features, query_labels
+        ks = [k for k in ks if k <= len(features)]
+        return knn_accuracy(*inputs, ks=ks, temperature=cfg.knn.temperature)
+
     def knn(network: nn.Module) -> dict[str, dict[str, float]]:
-        return _percent(evaluate(network, bank, queries, ks, cfg.knn.temperature)[0])
+        return _percent(accuracy(network, ks))
+
+    def top1(network: nn.Module) -> float:
+        return accuracy(network, [cfg.knn.k])[cfg.knn.k][0]
 
     results: dict[str, Any] = {
         "data": json.loads((pictures / "about.json").read_text()),
@@ -118,22 +126,18 @@ def run_demo(cfg: DictConfig) -> dict[str, Any]:
     for method in cfg.methods:
         print(f"\n== {method} ==", flush=True)
         recipe = _recipe(cfg, method, pictures)
-        history = EpochHistory(bank, queries, cfg.knn.k, cfg.knn.temperature, cfg.knn.every)
-        began = time.monotonic()
-        checkpoint = pretrain(recipe, [history])
+        checkpoint = pretrain(recipe, [CurveRecorder(top1, cfg.knn.every)])
         assert checkpoint is not None
         teacher, _ = load_backbone(checkpoint)
         trained[method] = teacher
+        curve = read_curve(checkpoint.parent)
         results["methods"][method] = {
             "knn": knn(teacher),
-            "seconds": round(time.monotonic() - began, 1),
-            "evaluation_seconds": round(history.evaluation_seconds, 1),
+            "seconds": curve[-1]["seconds"],
             "checkpoint": str(checkpoint.relative_to(output)),
             "settings": OmegaConf.to_container(recipe.method_kwargs, resolve=True),
-            "epochs": history.epochs,
-            "monitor": {
-                kind: _monitor(checkpoint.parent, kind) for kind in ("step", "epoch", "alarm")
-            },
+            "epochs": curve,
+            "monitor": read_monitor(checkpoint.parent),
         }
     key = f"k{cfg.knn.k}"
     floor = results["baselines"]["untrained"][key]["top1"]
@@ -146,9 +150,7 @@ def run_demo(cfg: DictConfig) -> dict[str, Any]:
     write_report(
         output / "report.html", results, sample[1], trained, pictures, (bank, queries), first
     )
-    temporary = output / "results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=1))
-    temporary.replace(output / "results.json")
+    write_json(output / "results.json", results)
     _print_table(results, key, output)
     return results
 

@@ -99,6 +99,8 @@ def test_killed_run_goes_on_and_ends_where_a_whole_one_does(
     assert result["resumed_from"].endswith("-ep0.ckpt")
     assert whole["resumed_from"] is None
     assert [r["epoch"] for r in result["curve"]] == [1, 2]
+    seconds = [r["seconds"] for r in result["curve"]]
+    assert seconds == sorted(seconds)  # the clock goes on
     losses = [[r["loss"] for r in found["curve"]] for found in (result, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert result["metrics"] == pytest.approx(whole["metrics"])

@@ -200,3 +200,19 @@ def test_each_process_gets_a_gpu_of_its_own(
         assert lease_gpu([4, 5], tmp_path) == 5
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
         holder.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "cell"),
+    [
+        ("imagenet/dino_vitb16", "dino_multicrop", ("l2", "logit")),  # as published
+        ("imagenet/dino_vitb16", "dino_vmf", ("vmf", "probability")),
+        ("imagenet/ibot_vitb16", "ibot_vmf", ("vmf", "probability")),
+        ("imagenet/dino_vmf_vitb16", "dino_multicrop", ("none", "logit")),
+        ("imagenet/dino_vitb16", "msn", ("l2", "sinkhorn")),
+    ],
+)
+def test_compose_recipe__a_method_brings_its_own_cell(recipe, method, cell):
+    found = compose_recipe(recipe, Candidate(method), seed=0)
+    assert found.method == method
+    assert (found.method_kwargs.normalization, found.method_kwargs.centering) == cell

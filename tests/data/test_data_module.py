@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from dinovmf_plugin import data
 from dinovmf_plugin.data.loaders import PretrainLoader
@@ -102,7 +103,7 @@ def check_in_two_processes(rank: int, root: str) -> tuple[int, str]:
 
     module.find_unreadable = counted  # type: ignore[attr-defined]
     try:
-        module.training_images({"data": {"train_path": root}})
+        module.training_images({"data": {"train_path": root}}, world_size=2)
     except RuntimeError as error:
         return sum(looked_at), str(error)
     finally:
@@ -205,6 +206,32 @@ def test_validation_loader(data_cfg: Any, folder: Path, data_format: str) -> Non
     halves = [torch.cat([labels for _, labels in share]) for share in shares]
     assert whole.tolist() == torch.stack(halves, dim=1).flatten().tolist()
     assert whole.tolist() == training_images(cfg).labels.tolist()
+
+
+def load_on_the_first_alone(rank: int, cfg: Any) -> int:
+    from dinovmf_plugin.data.module import validation_loader
+
+    return sum(len(labels) for _, labels in validation_loader(cfg, train=True)) if rank == 0 else 0
+
+
+def test_validation_loader__one_process_of_several(data_cfg: Any, ddp: Any) -> None:
+    """A curve is drawn by the first process alone: nothing there may wait for the others."""
+    assert ddp(load_on_the_first_alone, data_cfg()) == [22, 0]
+
+
+def test_validation_labels__are_the_training_classes(data_cfg: Any, tmp_path: Path) -> None:
+    for name, classes in (("train", "abc"), ("val", "bc"), ("other", "bd")):
+        for label in classes:
+            (tmp_path / name / label).mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(tmp_path / name / label / "x.png")
+    paths = {"data__train_path": str(tmp_path / "train"), "data__val_path": str(tmp_path / "val")}
+    ((_, labels),) = validation_loader(data_cfg(**paths))
+    assert labels.tolist() == [1, 2]
+    paths["data__val_path"] = str(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"data\.val_path=.*other: 1 of its classes .* such as 'd'"
+    ):
+        validation_loader(data_cfg(**paths))
 
 
 def test_neither_solo_nor_lightning_is_imported() -> None:

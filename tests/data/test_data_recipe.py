@@ -121,6 +121,20 @@ def test_parse_recipe__names_what_is_wrong(
         parse_recipe([{**make_pipeline(), **change}])
 
 
+@pytest.mark.parametrize("sizes", [(224, 96, 224), (96, 224), (96, 96, 224)])
+def test_parse_recipe__large_crops_not_first(make_pipeline: Any, sizes: tuple[int, ...]) -> None:
+    pipelines = [{**make_pipeline(), "crop_size": size, "num_crops": 1} for size in sizes]
+    with pytest.raises(
+        ValueError, match="augmentations give crops of .*224.* pixels: list the large"
+    ):
+        parse_recipe(pipelines)
+
+
+def test_parse_recipe__three_sizes(make_pipeline: Any) -> None:
+    pipelines = [{**make_pipeline(), "crop_size": s, "num_crops": 1} for s in (64, 64, 32, 16, 32)]
+    assert [crop.size for crop in parse_recipe(pipelines)] == [64, 64, 32, 16, 32]
+
+
 @pytest.mark.parametrize("empty", [[], {}, "dino"])
 def test_parse_recipe__not_a_list(empty: Any) -> None:
     with pytest.raises(ValueError, match="augmentations must be a list of at least one pipeline"):
