@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import host, registry
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
+from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import ResumableLoader
 from dinovmf_plugin.host.checkpointer import (
     Checkpointer,
@@ -154,7 +156,12 @@ def pretrain(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Path | None
     make_folder(Path(cfg.checkpoint.folder), cfg)
     seed_everything(cfg.seed, verbose=False)
     model = build_method(cfg)
+    if not cfg.performance.disable_channel_last and not cfg.backbone.name.startswith("vit_"):
+        model = model.to(memory_format=torch.channels_last)  # convolutions follow their weights
     trainer = build_trainer(cfg, callbacks)
+    if cfg.debug_augmentations:
+        for number, crop in enumerate(parse_recipe(cfg.augmentations, dataset=cfg.data.dataset), 1):
+            print(f"crop {number}: {crop}")
     if cfg.method not in registry.method_classes() and cfg.checkpoint.enabled:
         trainer.callbacks.append(Checkpointer(cfg))  # type: ignore[attr-defined]
     data = PretrainDataModule(cfg)

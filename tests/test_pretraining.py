@@ -119,7 +119,7 @@ def test_auto_resume__other_cell__starts_afresh(pictures, tmp_path, capsys):
 
 
 def test_resume_from_checkpoint__missing_file__named(pictures, tmp_path):
-    cfg = _recipe(pictures, tmp_path, f"+resume_from_checkpoint={tmp_path / 'no.ckpt'}")
+    cfg = _recipe(pictures, tmp_path, f"resume_from_checkpoint={tmp_path / 'no.ckpt'}")
     with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint=.*no\.ckpt is not a file"):
         pretrain(cfg)
 
@@ -138,6 +138,26 @@ def test_data_that_cannot_work__named_before_training(pictures, tmp_path, overri
     for word in words:
         assert word in str(caught.value)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_convolutions__channels_last_unless_switched_off(pictures, tmp_path, capsys, off):
+    cfg = OmegaConf.create(OmegaConf.to_container(_recipe(pictures, tmp_path, "max_epochs=1")))
+    cfg.backbone = {"name": "resnet18", "kwargs": {}}
+    cfg.method_kwargs.pop("use_bn_in_head", None)
+    cfg.performance = {"disable_channel_last": off}
+    cfg.debug_augmentations = True
+    seen = {}
+
+    class Look(Callback):
+        def on_train_end(self, trainer, module) -> None:
+            seen["weight"] = module.backbone.layer1[0].conv2.weight
+
+    assert pretrain(cfg, callbacks=[Look()]) is not None
+    assert seen["weight"].is_contiguous(memory_format=torch.channels_last) is not off
+    printed = capsys.readouterr().out
+    assert printed.count("Crop(size=") == sum(a.num_crops for a in cfg.augmentations)
+    assert "crop 1: Crop(size=32, scale=(" in printed
 
 
 def test_checkpoints_off__none_written(pictures, tmp_path):

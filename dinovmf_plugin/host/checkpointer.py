@@ -9,6 +9,7 @@ configuration the second does not write into the first's folder.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -134,12 +135,24 @@ def make_folder(folder: Path, cfg: DictConfig) -> None:
         ) from error
 
 
+def _last_start(base: Path) -> Path:
+    """Of ``base``, ``base-2``, ``base-3`` ..., the last one in which training began."""
+    numbered = [
+        (int(number), folder)
+        for folder in base.parent.glob(f"{glob.escape(base.name)}-*")
+        if (number := folder.name.removeprefix(f"{base.name}-")).isdecimal()
+        and (folder / "args.json").exists()
+    ]
+    return max(numbered, default=(1, base))[1]
+
+
 def find_checkpoint(cfg: DictConfig) -> Path | None:
     """The newest whole checkpoint of exactly this run, or None.
 
-    A truncated file (power loss, full disk) is passed over in favour of the one before it.
+    Of a run that was started afresh several times (``choose_folder``), the last start counts. A truncated
+    file (power loss, full disk) is passed over in favour of the one before it.
     """
-    folder = _folder(cfg)
+    folder = _last_start(_folder(cfg))
     candidates = [*folder.glob("*.ckpt"), *folder.glob("previous/*.ckpt")]
     for path in sorted(candidates, key=_progress_of, reverse=True):
         if is_whole(path):

@@ -52,6 +52,8 @@ _SWITCHES = (
     "momentum.classifier",
     "checkpoint.enabled",
     "checkpoint.keep_prev",
+    "debug_augmentations",
+    "performance.disable_channel_last",
     "auto_resume.enabled",
     "wandb.enabled",
     "knn_eval.enabled",

@@ -81,7 +81,8 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
 
     Differs from upstream (solo-learn's base): crops of one size share one forward; the EMA coefficient is
     a function of the step, so that it survives a resume; validation looks at the teacher; labels are
-    optional; a resumed run draws what an uninterrupted one would have drawn (``SeededSteps``).
+    optional; a resumed run draws what an uninterrupted one would have drawn (``SeededSteps``); biases and
+    other 1-d parameters are never decayed, whatever ``optimizer.exclude_bias_n_norm_wd`` says (DINO).
     """
 
     settings_class: ClassVar[type[MethodSettings]] = MethodSettings
@@ -122,6 +123,11 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
             raise ValueError(
                 f"scheduler.name={cfg.scheduler.name!r} is not supported by {cfg.method}: "
                 "choose warmup_cosine or none"
+            )
+        if cfg.scheduler.interval != "step":
+            raise ValueError(
+                f"scheduler.interval={cfg.scheduler.interval!r} is not supported by {cfg.method}, whose "
+                "schedules are functions of the step: set scheduler.interval=step"
             )
         if cfg.optimizer.name not in cls._OPTIMIZERS:
             raise ValueError(

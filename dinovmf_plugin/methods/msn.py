@@ -96,7 +96,9 @@ class MSN(SelfDistillation):
                 "first is the target, the second the anchor (small crops are focal anchors)"
             )
         synchronised = cfg.get("sync_batchnorm") and cfg.method_kwargs.use_bn_in_head
-        if synchronised and cfg.get("accelerator") == "cpu" and count_devices(cfg.devices) > 1:
+        accelerator = cfg.get("accelerator") or "auto"
+        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+        if synchronised and on_cpu and count_devices(cfg.devices) > 1:
             raise ValueError(
                 f"devices={cfg.devices} on CPUs cannot have sync_batchnorm=True, which PyTorch offers on "
                 "GPUs only: use one device, sync_batchnorm=False or method_kwargs.use_bn_in_head=False"

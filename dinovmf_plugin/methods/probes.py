@@ -56,7 +56,8 @@ class OnlineProbes(BaseMomentumMethod):
         if not bool((targets >= 0).any()):
             return 0.0 * logits.sum()
         targets = targets.repeat(len(features) // len(targets))
-        loss = F.cross_entropy(logits.float(), targets, ignore_index=-1)
+        logits, targets = logits[targets >= 0], targets[targets >= 0]
+        loss = F.cross_entropy(logits.float(), targets)
         acc1, acc5 = accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
         metrics = {"train_class_loss": loss.detach(), "train_acc1": acc1, "train_acc5": acc5}
         self.log_dict(metrics, on_epoch=True, sync_dist=True)

@@ -147,6 +147,12 @@ class DINOSettings(MethodSettings):
         super().validate()
         for key in ("warmup_teacher_temperature_epochs", "freeze_last_layer"):
             check_range(f"method_kwargs.{key}", getattr(self, key), 0, float("inf"))
+        if self.center_raw_scores and (self.normalization, self.centering) != ("vmf", "logit"):
+            raise ValueError(
+                "method_kwargs.center_raw_scores=True has no meaning with "
+                f"normalization={self.normalization}, centering={self.centering}: it leaves log C_p(kappa) "
+                "out of the centre of normalization=vmf, centering=logit"
+            )
 
     def teacher_temperatures(self) -> dict[str, float]:
         """All temperatures of the teacher, by key."""

@@ -52,6 +52,7 @@ class StoredConfig:
             "num_prototypes",
             "normalization",
             "centering",
+            "center_raw_scores",  # its unit
         )
         for key in ("method", "backbone.name", *(f"method_kwargs.{key}" for key in keys)):
             old = OmegaConf.select(OmegaConf.create(saved), key)

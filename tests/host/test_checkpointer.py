@@ -163,6 +163,9 @@ def test_second_start_of_the_same_run__leaves_the_first_alone(tmp_path):
         f"run-{identity}-2",
         f"run-{identity}-3",
     ]
+    assert find_checkpoint(cfg) == third  # where a stopped run says that auto_resume goes on
+    third.unlink()
+    assert find_checkpoint(cfg) is None  # the last start had not come to a checkpoint
 
 
 def test_resumed_run__stays_in_its_folder(tmp_path):

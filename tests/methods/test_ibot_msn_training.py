@@ -64,7 +64,9 @@ def test_recipe__composes_and_holds_the_published_values(recipe):
     assert (kwargs.proj_hidden_dim, kwargs.proj_output_dim) == (2048, 256)
     assert (cfg.optimizer.weight_decay, cfg.momentum.base_tau) == (0.04, 0.996)
     epochs = {("ibot", "s"): 800, ("ibot", "b"): 400, ("msn", "s"): 800, ("msn", "b"): 600}
-    assert cfg.max_epochs == (epochs[family, size] if published else cfg.max_epochs)
+    if published:
+        assert cfg.max_epochs == epochs[family, size]
+    assert (cfg.momentum.final_tau, cfg.scheduler.interval) == (1, "step")
     scales = [(a.rrc.crop_min_scale, a.rrc.crop_max_scale) for a in cfg.augmentations]
     vmf = "vmf" in name
     if family == "ibot":
@@ -76,6 +78,7 @@ def test_recipe__composes_and_holds_the_published_values(recipe):
         assert (list(kwargs.pred_ratio), list(kwargs.pred_ratio_var)) == ([0, 0.3], [0, 0.2])
         assert kwargs.teacher_temperature == kwargs.teacher_patch_temperature == 0.07
         assert kwargs.warmup_teacher_patch_temperature == 0.04
+        assert kwargs.warmup_teacher_temperature == 0.04
         values = (cfg.optimizer.lr, cfg.scheduler.min_lr, kwargs.clip_grad)
         assert values == ((7.5e-4, 2e-6, 0.3) if size == "b" else (5e-4, 1e-6, 3.0))
         assert kwargs.freeze_last_layer == (3 if size == "b" else 1)

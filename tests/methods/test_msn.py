@@ -290,3 +290,10 @@ def test_config__impossible_value__is_named(msn_cfg, build, key, value, message)
     cfg.devices = 2
     with pytest.raises(ValueError, match=message):
         build(cfg)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is a GPU here")
+def test_sync_batchnorm__auto_accelerator_without_a_gpu__is_named(msn_cfg, build):
+    cfg = msn_cfg(**{"accelerator": "auto", "sync_batchnorm": True, "devices": 2})
+    with pytest.raises(ValueError, match="devices=2 on CPUs cannot have sync_batchnorm=True"):
+        build(cfg)

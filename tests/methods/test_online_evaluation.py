@@ -39,6 +39,12 @@ def test_labels__some_unknown__ignored(tiny_cfg, make_crops, build, fit):
     assert bool(torch.isfinite(trainer.callback_metrics["train_class_loss"]))
     # the bank of the online kNN: the labelled images of both views
     assert torch.cat(module.knn.train_targets).tolist() == [1, 2, 1, 2]
+    # a classifier that always says 1: the accuracy is that of the labelled images
+    with torch.no_grad():
+        module.classifier.weight.zero_()
+        module.classifier.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    trainer = fit(module, [[indexes, crops, targets]])
+    assert float(trainer.callback_metrics["train_acc1_epoch"]) == 50
 
 
 def test_online_knn__looks_at_the_teacher(tiny_cfg, make_crops, build, fit):

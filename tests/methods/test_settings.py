@@ -52,6 +52,17 @@ BAD_VALUES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("normalization", "centering"), [("none", "logit"), ("l2", "logit"), ("vmf", "probability")]
+)
+def test_center_raw_scores__where_it_would_do_nothing(normalization, centering):
+    with pytest.raises(
+        ValueError, match="center_raw_scores=True has no meaning with normalization="
+    ):
+        _read(normalization=normalization, centering=centering, center_raw_scores=True)
+    _read(normalization="vmf", centering="logit", center_raw_scores=True)
+
+
 @pytest.mark.parametrize("key", BAD_VALUES)
 def test_bad_value__named(key):
     value, words = BAD_VALUES[key]

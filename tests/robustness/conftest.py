@@ -69,7 +69,7 @@ class Run:
     def __init__(self, server: subprocess.Popen[str], pid: int, log: str) -> None:
         self._server, self.pid, self._log = server, pid, log
 
-    def wait_until(self, condition: Callable[[], Any], timeout: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], Any], timeout: float = 240) -> None:
         """Wait for something to happen; fails if the run takes too long."""
         deadline = time.monotonic() + timeout
         while not condition():
@@ -132,7 +132,7 @@ def _runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     yield runs
     assert runs.server.stdin is not None
     runs.server.stdin.close()
-    runs.server.wait(timeout=60)
+    runs.server.wait(timeout=240)
 
 
 @pytest.fixture

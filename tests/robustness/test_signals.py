@@ -60,7 +60,7 @@ def test_signal_to_all_processes__saved_at_once_and_continued(
 def test_sigterm__gradient_accumulation__ends_with_an_optimiser_step(
     stopped, start, recipe, only_file, assert_same_run
 ):
-    more = ("+accumulate_grad_batches=2", "max_epochs=8", "data.num_workers=0")
+    more = ("accumulate_grad_batches=2", "max_epochs=8", "data.num_workers=0")
     ended = stopped(signal.SIGTERM, *more)
     assert ended.status == 128 + signal.SIGTERM
     _check_continues(start, recipe, only_file, assert_same_run, ended, *more)
