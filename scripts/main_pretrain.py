@@ -8,7 +8,9 @@ from omegaconf import DictConfig
 from dinovmf_plugin.cli import one_clear_message
 
 
-@hydra.main(version_base="1.2", config_path="pkg://dinovmf_plugin.configs", config_name="demo")
+@hydra.main(
+    version_base="1.2", config_path="pkg://dinovmf_plugin.configs", config_name="custom/dino_vmf"
+)
 @one_clear_message
 def main(cfg: DictConfig) -> None:
     """Run ``dinovmf_plugin.pretraining.pretrain``."""
