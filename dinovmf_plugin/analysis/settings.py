@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from dinovmf_plugin.analysis.model_analysis import WEIGHTS
 from dinovmf_plugin.analysis.tables import check_table_format
+from dinovmf_plugin.evaluation.typed import build
 
 __all__ = [
     "AnalysisSettings",
@@ -99,7 +100,7 @@ class AnalysisSettings:
         """Read plain containers, as hydra resolves them.
 
         Raises:
-            ValueError: for a key that does not exist.
+            ValueError: for a key that does not exist, or a value of another type.
 
         Example:
             >>> AnalysisSettings.from_config({"data": {"train_path": "photos"}}).data.train_path
@@ -113,17 +114,11 @@ class AnalysisSettings:
             "attention": AttentionSettings,
         }
         values = dict(config)
-        for prefix, kind in {"": cls, **parts}.items():
-            given = values if not prefix else (values.get(prefix) or {})
-            known = [item.name for item in fields(kind)]  # type: ignore[arg-type]
-            for key in given:
-                if key not in known:
-                    path = f"{prefix}.{key}" if prefix else key
-                    raise ValueError(f"{path} is no key of analyze: choose from {', '.join(known)}")
-            if prefix:
-                values[prefix] = kind(**given)
-        values["compare"] = dict(values.get("compare") or {})
-        return cls(**values)
+        for key, kind in parts.items():
+            values[key] = build(kind, values.get(key) or {}, f"{key}.")
+        values["compare"] = values.get("compare") or {}
+        settings: AnalysisSettings = build(cls, values, "")
+        return settings
 
     def check(self) -> None:
         """Refuse what cannot work, before anything is read.

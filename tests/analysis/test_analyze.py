@@ -283,6 +283,8 @@ def test_unknown_keys__are_refused():
         AnalysisSettings.from_config({"gallery": {"rows": 3}})
     with pytest.raises(ValueError, match="checkpiont"):
         AnalysisSettings.from_config({"checkpiont": "x"})
+    with pytest.raises(ValueError, match=r"utilization\.thresholds=0\.9 must be a list of numbers"):
+        AnalysisSettings.from_config({"utilization": {"thresholds": 0.9}})
 
 
 def test_bad_checkpoint__does_not_claim_the_folder(tmp_path, image_folders):
