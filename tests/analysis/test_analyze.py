@@ -212,9 +212,13 @@ def test_official_checkpoint__and_a_plain_folder(tmp_path, official_checkpoint, 
 def test_assign__is_the_arg_max_of_the_model(plugin_checkpoint):
     model = load_model(plugin_checkpoint)
     y = torch.nn.functional.normalize(torch.randn(600, 8), dim=-1)
-    expected = model.prototypes(y, 0.05).argmax(-1)
+    best = model.prototypes(y, 0.05).topk(2, dim=-1)
+    expected = best.indices[:, 0]
     assert torch.equal(assign(model.prototypes, y, 0.05), expected)
-    assert torch.equal(make_mixture(model, "model").assign(y), expected)
+    # the mixture has exact normalisers, the layer those of the expansion: 0.006 apart at p = 8
+    clear = best.values[:, 0] - best.values[:, 1] > 0.02
+    assert clear.sum() > 560
+    assert torch.equal(make_mixture(model, "model").assign(y)[clear], expected[clear])
     center = make_mixture(model, "center").log_weights
     torch.testing.assert_close(center, torch.linspace(-5, 0, 24).double().log_softmax(0))
 
