@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import random
 import statistics
 import sys
 import time
@@ -58,7 +59,7 @@ def _wait(device: str) -> None:
 
 
 def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) -> dict[str, Any]:
-    """Times of the candidates, taking turns, and how far their gradients are from ``none``'s.
+    """Times of the candidates in turns of changing order, and how far gradients are from ``none``'s.
 
     Returns:
         ``seconds`` (all), ``median``, ``best`` and ``difference`` by candidate.
@@ -79,13 +80,15 @@ def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) 
             difference[name] = _difference(result, reference)
     slow = {name for name, s in first.items() if s > settings["slow_seconds"]}
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    turns = random.Random(0)
     for repeat in range(settings["repeats"]):
-        for name, step in steps.items():
+        # who comes after whom matters (memory just freed, caches): another order every time
+        for name in turns.sample(names, len(names)):
             if name in slow and repeat >= 3:
                 continue
             gc.collect()
             start = time.perf_counter()
-            step()
+            steps[name]()
             _wait(device)
             seconds[name].append(time.perf_counter() - start)
     return {
