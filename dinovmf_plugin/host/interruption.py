@@ -10,6 +10,7 @@ SIGUSR1, SIGUSR2            if something requeues the job on them (Lightning und
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -53,15 +54,16 @@ class StopRequest:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self.noted == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.noted = number  # first: the next signal may come while this is printed
         if number == signal.SIGINT:
-            if self.noted == signal.SIGINT:
-                raise KeyboardInterrupt
-            print(
-                "\ninterrupted: finishing this step and writing a checkpoint; "
-                "Ctrl-C again stops at once",
-                flush=True,
-            )
-        self.noted = number
+            with contextlib.suppress(RuntimeError):  # it came in the middle of another print
+                print(
+                    "\ninterrupted: finishing this step and writing a checkpoint; "
+                    "Ctrl-C again stops at once",
+                    flush=True,
+                )
 
     def agree(self, trainer: Trainer) -> bool:
         """Whether any rank was signalled; all ranks get the same answer, and must ask together."""

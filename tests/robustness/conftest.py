@@ -163,39 +163,61 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, write_pictures: Any) -> P
     return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+def _arguments(pictures: Path, folder: Path, method: str, more: tuple[str, ...]) -> list[str]:
+    arguments = [
+        "--config-name=demo_recipe",
+        f"method={method}",
+        f"data.train_path={pictures}",
+        f"checkpoint.dir={folder}",
+        "auto_resume.enabled=True",
+        "data.format=image_folder",
+        "data.num_workers=0",  # two where they matter: their start takes most of such a run's time
+        "max_epochs=6",
+        "optimizer.batch_size=4",
+        "backbone.kwargs.drop_path_rate=0.2",
+        "method_kwargs.num_prototypes=32",
+        "method_kwargs.proj_hidden_dim=16",
+        "method_kwargs.proj_output_dim=8",
+        "method_kwargs.final_weight_decay=0.4",
+        "log_every_n_steps=1",
+        "+enable_progress_bar=False",
+        "+enable_model_summary=False",
+    ]
+    if method.startswith("msn"):
+        dinos = ("warmup_teacher_temperature", "warmup_teacher_temperature_epochs")
+        arguments += [f"~method_kwargs.{key}" for key in dinos]
+    else:
+        arguments += ["method_kwargs.teacher_temperature=0.07"]
+        arguments += ["method_kwargs.warmup_teacher_temperature_epochs=4"]
+    return [*arguments, *more]
+
+
 @pytest.fixture
 def recipe(pictures: Path, tmp_path: Path) -> Any:
     """Factory of the arguments of a tiny run: ``recipe("msn", *more, folder="whole")``."""
 
     def make(method: str = "dino_vmf", *more: str, folder: str = "runs") -> list[str]:
-        arguments = [
-            "--config-name=demo_recipe",
-            f"method={method}",
-            f"data.train_path={pictures}",
-            f"checkpoint.dir={tmp_path / folder}",
-            "auto_resume.enabled=True",
-            "data.format=image_folder",
-            "data.num_workers=2",
-            "max_epochs=6",
-            "optimizer.batch_size=4",
-            "backbone.kwargs.drop_path_rate=0.2",
-            "method_kwargs.num_prototypes=32",
-            "method_kwargs.proj_hidden_dim=16",
-            "method_kwargs.proj_output_dim=8",
-            "method_kwargs.final_weight_decay=0.4",
-            "log_every_n_steps=1",
-            "+enable_progress_bar=False",
-            "+enable_model_summary=False",
-        ]
-        if method.startswith("msn"):
-            dinos = ("warmup_teacher_temperature", "warmup_teacher_temperature_epochs")
-            arguments += [f"~method_kwargs.{key}" for key in dinos]
-        else:
-            arguments += ["method_kwargs.teacher_temperature=0.07"]
-            arguments += ["method_kwargs.warmup_teacher_temperature_epochs=4"]
-        return [*arguments, *more]
+        return _arguments(pictures, tmp_path / folder, method, more)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(_runs: Runs, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Factory: the final checkpoint of the run ``recipe(method, *more)`` if nothing happens to it."""
+    made: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def run(method: str = "dino_vmf", *more: str) -> dict[str, Any]:
+        key = (method, *more)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            ended = _runs.start(*_arguments(pictures, folder, method, more)).end()
+            assert ended.status == 0, ended.err
+            (path,) = folder.glob("*/*/*.ckpt")
+            made[key] = torch.load(path, weights_only=True)
+        return made[key]
+
+    return run
 
 
 @pytest.fixture
