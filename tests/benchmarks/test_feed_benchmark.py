@@ -15,7 +15,7 @@ SMALL = [
     "steps=3",
     "warmup=1",
     "photos=4",
-    "overrides=method_kwargs.num_prototypes=32 +method_kwargs.monitor=False",
+    "overrides=method_kwargs.num_prototypes=32 method_kwargs.monitor=False",
 ]
 
 

@@ -158,6 +158,7 @@ print(*Parallel(n_jobs=2)(delayed(count)(sys.argv[1], module) for module in sys.
 """
 
 
+@pytest.mark.slow
 def test_workers_in_joblibs_processes(folder: Path) -> None:
     """hydra's joblib launcher: their start method is called "loky", which no other process knows."""
     pytest.importorskip("nvidia.dali", reason="without DALI workers are forked")

@@ -70,6 +70,7 @@ def _wait(condition: Callable[[], Any], logs: Callable[[], str], timeout: float 
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @needs_submitit
 def test_submitit_local__a_sweep(launch, recipe, logs, tmp_path):
     """Every job of a sweep is a process of its own, with a folder of its own."""

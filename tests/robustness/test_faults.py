@@ -108,7 +108,9 @@ def test_folder_without_permission__named_before_training(start, recipe, write_p
     assert f"checkpoint.dir={folder / 'runs'} cannot be written: Permission" in ended.message()
 
 
-@pytest.mark.parametrize("more", [("data.num_workers=2",), ("data.format=dali",)])
+@pytest.mark.parametrize(
+    "more", [pytest.param(("data.num_workers=2",), marks=pytest.mark.slow), ("data.format=dali",)]
+)
 @pytest.mark.parametrize(
     "damage",
     [

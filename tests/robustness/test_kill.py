@@ -44,7 +44,11 @@ def _check(method, more, kills, seed, survive, undisturbed, only_file, assert_sa
 
 
 @pytest.mark.parametrize(
-    ("method", "more"), [("dino_vmf", _formats()[0]), ("ibot_vmf", DALI)], ids=["folder", "dali"]
+    ("method", "more"),
+    [
+        pytest.param("dino_vmf", _formats()[0], id="folder", marks=pytest.mark.slow),
+        pytest.param("ibot_vmf", DALI, id="dali"),
+    ],
 )
 def test_killed_twice__bit_for_bit_the_same_end(
     method, more, survive, undisturbed, only_file, assert_same_run

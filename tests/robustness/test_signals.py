@@ -41,7 +41,7 @@ def _check_continues(start, recipe, undisturbed, only_file, assert_same_run, end
     assert_same_run(undisturbed("dino_vmf", *more), only_file())
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_signal_to_all_processes__saved_at_once_and_continued(
     name, stopped, start, recipe, undisturbed, only_file, checkpoints, assert_same_run
 ):
