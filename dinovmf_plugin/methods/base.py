@@ -170,12 +170,11 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
             return
         from dinovmf_plugin.checkpoints import initialize_from
 
-        report = initialize_from(
-            self.backbone,
-            self.projection(),
-            self.settings.init_from,
-            which=self.settings.init_which,
-        )
+        file, which = self.settings.init_from, self.settings.init_which
+        try:
+            report = initialize_from(self.backbone, self.projection(), file, which=which)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"method_kwargs.init_from={file}: {error}") from error
         rank_zero_info(f"method_kwargs.init_from: {report}")
         self.momentum_backbone.load_state_dict(self.backbone.state_dict())
         self.initialize_teacher()

@@ -175,3 +175,8 @@ def test_solo_learns_own_dino_run(tiny_cfg, build, fit, tmp_path):
         wanted = module.momentum_head.eval()(features)
         torch.testing.assert_close(head.last_layer(head(features)), wanted, **TOLERANCE)
     assert settings.normalization == "none"
+
+
+def test_init_from_a_file_that_is_not_there__the_key_is_named(tiny_cfg, build):
+    with pytest.raises(FileNotFoundError, match=r"method_kwargs\.init_from=no\.ckpt: "):
+        build(tiny_cfg(**{"method_kwargs.init_from": "no.ckpt"}))

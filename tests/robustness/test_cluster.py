@@ -139,12 +139,13 @@ def test_two_nodes_of_slurm__equal_two_devices_of_one(
     job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2"}
     job |= {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost"}
     job |= {"SLURM_LOCALID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    arguments = recipe("ibot_vmf", *TWO, "devices=1", "num_nodes=2", "max_epochs=2")
+    short = (*TWO, "max_epochs=2", "scheduler.warmup_epochs=1")
+    arguments = recipe("ibot_vmf", *short, "devices=1", "num_nodes=2")
     tasks = [
         launch(SCRIPT, *arguments, **job, SLURM_PROCID=str(rank), SLURM_NODEID=str(rank))
         for rank in range(2)
     ]
     assert [task.wait(timeout=240) for task in tasks] == [0, 0], logs()
-    one = launch(SCRIPT, *recipe("ibot_vmf", *TWO, "devices=2", "max_epochs=2", folder="one"))
+    one = launch(SCRIPT, *recipe("ibot_vmf", *short, "devices=2", folder="one"))
     assert one.wait(timeout=240) == 0, logs()
     assert_same_run(only_file("one"), only_file())
