@@ -174,7 +174,8 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         try:
             report = initialize_from(self.backbone, self.projection(), file, which=which)
         except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"method_kwargs.init_from={file}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"method_kwargs.init_from={file}: {error}") from error
         rank_zero_info(f"method_kwargs.init_from: {report}")
         self.momentum_backbone.load_state_dict(self.backbone.state_dict())
         self.initialize_teacher()
