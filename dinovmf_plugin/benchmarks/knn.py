@@ -241,5 +241,5 @@ def main(argv: list[str]) -> None:
                 f"alone {search:.2f}; accuracies differ by {row['difference']:.3f} points"
             )
         results.append(row)
-    report = {"machine": about, "settings": settings | {"output": ""}, "results": results}
+    report = {"machine": about, "settings": settings, "results": results}
     write_report("knn", argv, report, settings["output"])

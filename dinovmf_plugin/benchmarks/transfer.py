@@ -89,5 +89,5 @@ def main(argv: list[str]) -> None:
             f"top-1 {found['top1']:.2f} at {found['weight_decay']:.3g}, "
             f"{found['unfinished_fits']} fits unfinished"
         )
-    report = {"machine": about, "settings": settings | {"output": ""}, "results": results}
+    report = {"machine": about, "settings": settings, "results": results}
     write_report("transfer", argv, report, settings["output"])
