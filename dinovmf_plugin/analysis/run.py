@@ -61,8 +61,7 @@ __all__ = ["AnalysisSettings", "analyze", "format_analysis"]
 def _transform(settings: AnalysisSettings, model: LoadedModel) -> CenterCrop:
     size = settings.data.crop_size or model.image_size
     resize = settings.data.resize or round(size * 256 / 224)
-    crop = CenterCrop(resize=resize, size=size, interpolation=settings.data.interpolation)
-    return model.normalised(crop)
+    return CenterCrop(resize=resize, size=size, interpolation=settings.data.interpolation)
 
 
 def _measure(
@@ -162,7 +161,7 @@ def _attention(
     folder: Path,
 ) -> list[Path]:
     """Sheets of evenly spaced images, or of all images of ``attention.path``."""
-    transform = _transform(settings, model)
+    transform = model.normalised(_transform(settings, model))
     count = len(images) if settings.attention.path else min(settings.attention.images, len(images))
     chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.mean, transform.std))

@@ -69,18 +69,14 @@ def read_curve(folder: Path) -> list[dict[str, Any]]:
         >>> read_curve(Path("no such folder"))
         []
     """
-    path = folder / "curve.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    by_epoch = {record["epoch"]: record for record in _whole(lines)}
+    by_epoch = {record["epoch"]: record for record in _records(folder / "curve.jsonl")}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
 def read_monitor(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Records of ``monitor.jsonl`` by kind; of a step that was made twice, the later one."""
-    path = folder / "monitor.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     kinds: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {"step": {}, "epoch": {}, "alarm": {}}
-    for record in _whole(lines):
+    for record in _records(folder / "monitor.jsonl"):
         if record["kind"] in kinds:
             kinds[record["kind"]][record["step"], record.get("name")] = record
     return {
@@ -92,8 +88,9 @@ def read_monitor(folder: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _whole(lines: list[str]) -> list[dict[str, Any]]:
-    """Parsed lines; a last line that a kill cut short is left out."""
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Parsed lines of a file that may be absent; a last line that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records = []
     for line in lines:
         try:
