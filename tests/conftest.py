@@ -293,3 +293,24 @@ def ddp(_processes: _Processes) -> Any:
         return _processes.call(function, args, kwargs, timeout)
 
     return run
+
+
+@pytest.fixture
+def killed_in_epoch_2(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Factory: ``killed_in_epoch_2(run)`` calls what records a curve, and ends it in its second epoch."""
+    from dinovmf_plugin.comparison.curve import CurveRecorder
+
+    record = CurveRecorder.on_train_epoch_end
+
+    def dies(self: Any, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("killed")
+        record(self, trainer, pl_module)
+
+    def run(start: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(CurveRecorder, "on_train_epoch_end", dies)
+            with pytest.raises(RuntimeError, match="killed"):
+                start()
+
+    return run

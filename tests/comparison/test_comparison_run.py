@@ -11,7 +11,7 @@ import pytest
 
 from dinovmf_plugin.comparison import run as run_module
 from dinovmf_plugin.comparison.candidates import Candidate
-from dinovmf_plugin.comparison.curve import CurveRecorder, read_curve
+from dinovmf_plugin.comparison.curve import read_curve
 from dinovmf_plugin.comparison.run import run_one
 from dinovmf_plugin.comparison.settings import RunSettings
 
@@ -78,21 +78,11 @@ def test_finished_run_is_skipped(finished: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_killed_run_goes_on_and_ends_where_a_whole_one_does(
-    finished: Any, make_comparison: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Any, make_comparison: Any, tmp_path: Path, killed_in_epoch_2: Any
 ) -> None:
     _, whole, _ = finished
     settings = RunSettings(make_comparison(tmp_path), VMF, 3)
-    record = CurveRecorder.on_train_epoch_end
-
-    def dies_in_epoch_2(self: Any, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 1:
-            raise RuntimeError("killed")
-        record(self, trainer, pl_module)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CurveRecorder, "on_train_epoch_end", dies_in_epoch_2)
-        with pytest.raises(RuntimeError, match="killed"):
-            run_one(settings)
+    killed_in_epoch_2(lambda: run_one(settings))
     assert not list(tmp_path.glob("runs/*/*/result.json"))
 
     result = run_one(settings)

@@ -12,7 +12,6 @@ import pytest
 from hydra import compose, initialize_config_module
 from PIL import Image
 
-from dinovmf_plugin.comparison.curve import CurveRecorder
 from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.demo.run import run_demo
 
@@ -108,19 +107,9 @@ def test_demo__results_and_report(tmp_path, capsys):
         run_demo(_settings(folder))
 
 
-def test_interrupted_demo__goes_on_and_shows_the_whole_run(tmp_path, monkeypatch):
+def test_interrupted_demo__goes_on_and_shows_the_whole_run(tmp_path, killed_in_epoch_2):
     settings = _settings(tmp_path / "demo", methods="[dino_vmf]")
-    record = CurveRecorder.on_train_epoch_end
-
-    def dies_in_epoch_2(self, trainer, module):
-        if trainer.current_epoch == 1:
-            raise RuntimeError("killed")
-        record(self, trainer, module)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CurveRecorder, "on_train_epoch_end", dies_in_epoch_2)
-        with pytest.raises(RuntimeError, match="killed"):
-            run_demo(settings)
+    killed_in_epoch_2(lambda: run_demo(settings))
     method = run_demo(settings)["methods"]["dino_vmf"]
     assert [r["epoch"] for r in method["epochs"]] == [1, 2]
     assert method["seconds"] >= method["epochs"][0]["seconds"]
