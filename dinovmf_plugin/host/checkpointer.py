@@ -59,6 +59,8 @@ _VOLATILE = (
 def run_identity(cfg: DictConfig) -> str:
     """Eight hex digits that are the same for, and only for, the same run (resolved config).
 
+    A folder of images is the same by whatever name: relative, absolute, or through a link.
+
     Example:
         >>> cfg = OmegaConf.create({"seed": 0, "method_kwargs": {"normalization": "l2"}})
         >>> other = OmegaConf.create({"seed": 0, "method_kwargs": {"normalization": "vmf"}})
@@ -72,6 +74,10 @@ def run_identity(cfg: DictConfig) -> str:
         for parent in parents:
             node = node.get(parent) or {}
         node.pop(leaf, None)
+    data = plain.get("data") or {}
+    for key in ("train_path", "val_path"):
+        if data.get(key):
+            data[key] = os.path.realpath(data[key])
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

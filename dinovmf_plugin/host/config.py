@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dinovmf_plugin.data.folders import class_names
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.host.schema import check_values
 
@@ -89,7 +90,7 @@ def _count_classes(cfg: DictConfig) -> int:
         raise FileNotFoundError(
             f"data.train_path={root} is not a folder: give the folder of images"
         )
-    return max(1, sum(entry.is_dir() for entry in root.iterdir()))
+    return max(1, len(class_names(root)))
 
 
 def parse_cfg(cfg: DictConfig) -> DictConfig:

@@ -119,6 +119,25 @@ def test_run_identity__anything_else__other_digits(tmp_path):
         assert run_identity(_cfg(tmp_path, **{key: value})) != identity, key
 
 
+def test_run_identity__one_folder_by_any_name__same_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    for key in ("data.train_path", "data.val_path"):
+        names = (
+            "photos",
+            "photos/",
+            "./photos",
+            "link",
+            "link/../photos",
+            str(tmp_path / "photos"),
+        )
+        assert len({run_identity(_cfg(tmp_path, **{key: name})) for name in names}) == 1, key
+        assert run_identity(_cfg(tmp_path, **{key: "photos2"})) != run_identity(
+            _cfg(tmp_path, **{key: "photos"})
+        )
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinovmf_plugin import host
+from dinovmf_plugin.data.folders import list_images
+from dinovmf_plugin.host.checkpointer import run_identity
 from dinovmf_plugin.host.config import count_devices, parse_cfg
 
 RRC = {"enabled": True, "crop_min_scale": 0.2, "crop_max_scale": 1.0}
@@ -108,6 +110,21 @@ def test_parse_cfg__custom_folder__classes_are_folders(tmp_path):
     changes["data.train_path"] = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"data\.train_path=.*nowhere is not a folder"):
         parse_cfg(_recipe(**changes))
+
+
+def test_parse_cfg__hidden_folders__no_classes_and_the_same_run(tmp_path):
+    for name in ("cat", "dog", ".ipynb_checkpoints", ".cache/thumbnails"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("cat/1.png", "dog/1.png", ".cache/1.png", "cat/.ipynb_checkpoints/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    cfg = parse_cfg(_recipe(**{"data.dataset": "custom", "data.train_path": str(tmp_path)}))
+    assert cfg.data.num_classes == 2
+    images = list_images(tmp_path)
+    assert (images.classes, len(images)) == (("cat", "dog"), 2)
+    (tmp_path / ".ipynb_checkpoints").rmdir()
+    again = parse_cfg(_recipe(**{"data.dataset": "custom", "data.train_path": f"{tmp_path}/"}))
+    assert run_identity(again) == run_identity(cfg)
 
 
 @pytest.mark.parametrize(
