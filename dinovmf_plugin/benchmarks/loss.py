@@ -28,7 +28,7 @@ from dinovmf_plugin.benchmarks.harness import (
     write_report,
 )
 from dinovmf_plugin.benchmarks.loss_candidates import CANDIDATES, Workload
-from dinovmf_plugin.losses.chunked import multiplies_natively
+from dinovmf_plugin.losses.plan import multiplies_natively
 
 __all__ = ["main", "measure", "peak_memory"]
 

@@ -1,147 +1,17 @@
-"""Soft-target cross-entropy between a teacher's targets and a student's prototype logits."""
+"""Soft-target cross-entropy between a teacher's targets and a student's prototype logits.
+
+``reference`` is its formula in a dozen lines; ``streamed`` computes the same without holding all logits.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinovmf_plugin.losses.chunked import Kernel, Plan, PrototypeGradients, choose_plan, room
+from dinovmf_plugin.losses.plan import choose_plan
+from dinovmf_plugin.losses.streamed import StreamedCrossEntropy
 
 __all__ = ["prototype_cross_entropy"]
-
-# Tells whether the running backward pass keeps its graph (retain_graph=True); used if torch has it.
-_GRAPH_IS_KEPT = "_get_current_graph_task_keep_graph"
-
-
-class _PrototypeCrossEntropy(torch.autograd.Function):
-    """The value, with gradients of embeddings, weight, factor and bias.
-
-    The loss is a scalar: its gradients are known up to one number after the forward pass. Those that
-    need no waiting exponentials are formed there and multiplied by that number in the backward pass.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        embeddings: Tensor,
-        weight: Tensor,
-        factor: Tensor | None,
-        bias: Tensor | None,
-        targets: Tensor,
-        pair_weights: Tensor,
-        row_weights: Tensor,
-        temperature: float,
-        normed: bool,
-        plan: Plan,
-        grad_enabled: bool,
-    ) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
-            needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:4]]
-            k, dim = weight.shape
-            views = embeddings.to(pair_weights.dtype) / temperature
-            y = views.reshape(-1, dim)
-            scale, norms = factor, None
-            if normed and factor is not None:
-                norms = torch.linalg.vector_norm(weight, dim=1, dtype=y.dtype).clamp_min_(1e-12)
-                scale = factor / norms
-            kernel = Kernel(y, weight, scale, norms, bias, targets.reshape(-1, k), plan)
-            mixed = torch.einsum("vq,n,vnp->qnp", pair_weights, row_weights, views)
-            mixed = mixed.reshape(-1, dim)
-            mass = (pair_weights.sum(0)[:, None] * row_weights).reshape(-1)
-            sums = targets.sum(dim=-1, dtype=y.dtype)
-            share = ((pair_weights @ sums) * row_weights).reshape(-1)
-
-            store = any(needs[1:])
-            waits = store and plan.keep
-            rows = plan.rows if store else len(y)
-            buffer = room((k * rows,), plan.stored, y.device) if store else None
-            mean = torch.zeros_like(y) if needs[0] else None
-            target_mean = torch.zeros_like(mixed)
-            grads = PrototypeGradients(kernel, needs[1:]) if store and not plan.keep else None
-            value = y.new_zeros(())
-            for lo in range(0, len(y), rows):
-                hi = min(lo + rows, len(y))
-                stored = None if buffer is None else buffer[: k * (hi - lo)].view(k, -1)
-                lse, shifts = kernel.normalize(
-                    y[lo:hi],
-                    stored,
-                    None if mean is None else mean[lo:hi],
-                    target_mean if lo == 0 else None,
-                )
-                value += torch.dot(share[lo:hi], lse)
-                if stored is None:
-                    continue
-                factors = (shifts - lse).exp_().mul_(share[lo:hi])
-                if grads is not None:
-                    ends = {"first": lo == 0, "last": hi == len(y)}
-                    kernel.add_gradients(grads, y[lo:hi], stored, factors, mixed, mass, **ends)
-            value -= torch.dot(mixed.view(-1), target_mean.view(-1))
-            if bias is not None:
-                value -= torch.dot(mass, torch.mv(kernel.targets.to(y.dtype), bias))
-
-            grad_y = None
-            if mean is not None:
-                teacher = target_mean.view(targets.shape[0], -1, dim)
-                pulled = torch.einsum("vq,n,qnp->vnp", pair_weights, row_weights, teacher)
-                grad_y = mean.mul_(share[:, None]).view_as(views).sub_(pulled).div_(temperature)
-            ctx.needs, ctx.plan = needs, plan
-            ctx.dtypes = [
-                None if x is None else x.dtype for x in (embeddings, weight, factor, bias)
-            ]
-            ctx.ready = None
-            if waits:
-                inputs = (y, weight, scale, norms, bias, kernel.targets)
-                ctx.save_for_backward(grad_y, *inputs, stored, factors, mixed, mass)
-            elif any(needs):
-                ctx.ready = [grad_y, *([None] * 3 if grads is None else grads.wanted())]
-            return value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            if any(ctx.needs[1:]) and ctx.plan.keep:
-                grad_y, y, weight, *rest, stored, factors, mixed, mass = ctx.saved_tensors
-                scale, norms, bias, targets = rest
-                kernel = Kernel(y, weight, scale, norms, bias, targets, ctx.plan)
-                grads = PrototypeGradients(kernel, ctx.needs[1:])
-                kernel.add_gradients(grads, y, stored, factors * grad, mixed * grad, mass * grad)
-                out = [None if grad_y is None else grad_y * grad, *grads.wanted()]
-            else:
-                out = _multiplied(ctx, grad)
-            out = [
-                None if g is None else g.to(dtype) for g, dtype in zip(out, ctx.dtypes, strict=True)
-            ]
-        if torch.is_grad_enabled():  # create_graph=True
-            out = [None if g is None else _FirstDerivative.apply(g.requires_grad_()) for g in out]
-        return (*out, *([None] * 7))
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """Passes a gradient on; differentiating it again is an error instead of silently 0."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        raise RuntimeError("prototype_cross_entropy has no second derivative")
-
-
-def _multiplied(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """``ctx.ready`` times ``grad``: in place, unless the graph is kept for another backward pass."""
-    ready, is_kept = ctx.ready, getattr(torch._C._autograd, _GRAPH_IS_KEPT, None)
-    if ready is None:
-        raise RuntimeError(
-            "backward through prototype_cross_entropy a second time: "
-            "give retain_graph=True to the first backward pass"
-        )
-    if is_kept is None or is_kept():
-        return [None if g is None else g * grad for g in ready]
-    ctx.ready = None
-    return [None if g is None else g.mul_(grad) for g in ready]
 
 
 def prototype_cross_entropy(
@@ -220,7 +90,7 @@ def prototype_cross_entropy(
         pair_weights = torch.full((views, len(targets)), 1 / (views * len(targets) * n))
     if row_weights is None:
         row_weights = torch.ones(n)
-    return _PrototypeCrossEntropy.apply(
+    return StreamedCrossEntropy.apply(
         embeddings,
         weight,
         None if factor is None else factor.to(dtype),

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinovmf_plugin.losses import chunked, prototype_cross_entropy
 from dinovmf_plugin.losses import cross_entropy as module
-from dinovmf_plugin.losses.chunked import Plan, choose_plan
+from dinovmf_plugin.losses import passes, prototype_cross_entropy
+from dinovmf_plugin.losses.plan import Plan, choose_plan
+from dinovmf_plugin.losses.reference import reference_cross_entropy
 
 V, Q, N, P, K, TAU = 4, 2, 3, 5, 37, 0.3
 # (keep, rows of a block, prototypes of a chunk, bound below which no running maximum is needed): chunks
@@ -35,7 +36,7 @@ def _use_strategy(monkeypatch, name, operand=None):
         return Plan(keep, rows, columns, product, operand or chosen.operand)
 
     monkeypatch.setattr(module, "choose_plan", plan)
-    monkeypatch.setattr(chunked, "_SAFE", safe)
+    monkeypatch.setattr(passes, "_SAFE", safe)
 
 
 def _problem(dtype=torch.float64, seed=0):
@@ -58,24 +59,8 @@ def _problem(dtype=torch.float64, seed=0):
     return {k: v.requires_grad_() for k, v in leaves.items()}, fixed
 
 
-def _plain(leaves, fixed, normed=False):
-    """The definition, term by term."""
-    w = leaves["weight"]
-    factor = leaves.get("factor")
-    if factor is not None:
-        w = (factor / w.norm(dim=1) if normed else factor)[:, None] * w
-    logits = leaves["embeddings"] @ w.t() / TAU
-    if leaves.get("bias") is not None:
-        logits = logits + leaves["bias"]
-    value = torch.zeros((), dtype=logits.dtype)
-    for v, q, n in itertools.product(range(V), range(Q), range(N)):
-        ce = -(fixed["targets"][q, n] * logits[v, n].log_softmax(dim=-1)).sum()
-        value = value + fixed["pair_weights"][v, q] * fixed["row_weights"][n] * ce
-    return value
-
-
-def _ours(leaves, fixed, normed=False):
-    return prototype_cross_entropy(
+def _call(function, leaves, fixed, normed):
+    return function(
         leaves["embeddings"],
         leaves["weight"],
         fixed["targets"],
@@ -85,6 +70,26 @@ def _ours(leaves, fixed, normed=False):
         row_weights=fixed["row_weights"],
         **{"magnitude" if normed else "scale": leaves.get("factor")},
     )
+
+
+def _plain(leaves, fixed, normed=False):
+    return _call(reference_cross_entropy, leaves, fixed, normed)
+
+
+def _ours(leaves, fixed, normed=False):
+    return _call(prototype_cross_entropy, leaves, fixed, normed)
+
+
+def _term_by_term(leaves, fixed, normed=False):
+    """The definition, one pair of views and one image after the other."""
+    w, factor = leaves["weight"], leaves["factor"]
+    w = (factor / w.square().sum(dim=1).sqrt() if normed else factor)[:, None] * w
+    logits = leaves["embeddings"] @ w.t() / TAU + leaves["bias"]
+    value = torch.zeros((), dtype=logits.dtype)
+    for v, q, n in itertools.product(range(V), range(Q), range(N)):
+        ce = logits[v, n].exp().sum().log() - fixed["targets"][q, n] @ logits[v, n]
+        value = value + fixed["pair_weights"][v, q] * fixed["row_weights"][n] * ce
+    return value
 
 
 def _gradients(value, leaves):
@@ -99,7 +104,7 @@ def _assert_equal(a, b, **tolerance):
 
 @pytest.fixture
 def case(monkeypatch):
-    """Sizes, and functions ``problem``, ``plain``, ``ours``, ``gradients``, ``assert_equal``, ``use``."""
+    """Sizes, and the functions above without their underscores."""
 
     def use(name, operand=None):
         _use_strategy(monkeypatch, name, operand)
@@ -109,6 +114,7 @@ def case(monkeypatch):
         shapes=SHAPES,
         problem=_problem,
         plain=_plain,
+        term_by_term=_term_by_term,
         ours=_ours,
         gradients=_gradients,
         assert_equal=_assert_equal,

@@ -11,12 +11,20 @@ from torch.utils.checkpoint import checkpoint
 
 from dinovmf_plugin.losses import cross_entropy as module
 from dinovmf_plugin.losses import prototype_cross_entropy
-from dinovmf_plugin.losses.chunked import Plan, choose_plan
+from dinovmf_plugin.losses.plan import Plan, choose_plan
 from dinovmf_plugin.prototypes import Prototypes
 
 NAMES = ("embeddings", "weight", "factor", "bias")
 
 # ---- the formula ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["scale", "magnitude"])
+def test_plain_formula__equals_its_definition_term_by_term(case, normed):
+    leaves, fixed = case.problem()
+    plain, definition = case.plain(leaves, fixed, normed), case.term_by_term(leaves, fixed, normed)
+    torch.testing.assert_close(plain, definition)
+    case.assert_equal(case.gradients(plain, leaves), case.gradients(definition, leaves))
 
 
 @pytest.mark.parametrize("normed", [False, True], ids=["scale", "magnitude"])

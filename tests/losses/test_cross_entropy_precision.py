@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dinovmf_plugin.losses import prototype_cross_entropy
-from dinovmf_plugin.losses.chunked import choose_plan
+from dinovmf_plugin.losses.plan import choose_plan
 
 # ---- precision -----------------------------------------------------------------------------------
 
