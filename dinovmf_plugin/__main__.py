@@ -14,7 +14,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from dinovmf_plugin.cli import one_clear_message
+from dinovmf_plugin.runs.cli import one_clear_message
 
 
 def _script_names() -> list[str]:
@@ -29,6 +29,26 @@ def _usage() -> str:
         f"  verbs: import, export, {', '.join(_script_names())}\n"
         "  or the path of one of solo-learn's scripts, e.g. path/to/solo-learn/main_knn.py"
     )
+
+
+def _prepare_for_host_script() -> None:
+    """Register the methods; without a GPU, let the host's literal ``.cuda()`` calls stay on the CPU.
+
+    ``main_knn.py`` and ``main_umap.py`` use neither hydra nor a device option: without this they know none
+    of the plugin's methods, and stop at the first batch on a machine without CUDA.
+    """
+    import torch
+
+    from dinovmf_plugin.registry import register
+
+    register()
+    if not torch.cuda.is_available():
+        torch.Tensor.cuda = _stay  # type: ignore[method-assign, assignment]
+        torch.nn.Module.cuda = _stay  # type: ignore[method-assign, assignment]
+
+
+def _stay(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    return self
 
 
 @one_clear_message
@@ -51,9 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(verb)
     if not path.is_file():
         raise FileNotFoundError(f"{verb!r} is neither a verb nor a file\n{_usage()}")
-    from dinovmf_plugin.host.run import prepare_for_host_script
-
-    prepare_for_host_script()
+    _prepare_for_host_script()
     sys.argv = [str(path), *rest]
     sys.path.insert(0, str(path.resolve().parent))
     runpy.run_path(str(path), run_name="__main__")

@@ -18,13 +18,13 @@ from dinovmf_plugin import host, registry
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import ResumableLoader
-from dinovmf_plugin.host.checkpointer import (
+from dinovmf_plugin.training.checkpointer import (
     Checkpointer,
     choose_folder,
     find_checkpoint,
     make_folder,
 )
-from dinovmf_plugin.host.config import parse_cfg
+from dinovmf_plugin.training.config import parse_cfg
 
 __all__ = ["LoaderWorkerError", "PretrainDataModule", "build_method", "build_trainer", "pretrain"]
 

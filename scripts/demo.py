@@ -7,7 +7,7 @@ import os
 import hydra
 from omegaconf import DictConfig
 
-from dinovmf_plugin.cli import one_clear_message
+from dinovmf_plugin.runs.cli import one_clear_message
 
 # Small operations by two threads: threads that spin while they wait take the cores from DALI's and from
 # whatever else runs (a step took 2.9 s instead of 0.5 s on a busy machine). Read when torch is imported.

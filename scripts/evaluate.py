@@ -11,7 +11,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from dinovmf_plugin.cli import one_clear_message
+from dinovmf_plugin.runs.cli import one_clear_message
 
 
 @hydra.main(version_base="1.2", config_path="pkg://dinovmf_plugin.configs", config_name="evaluate")

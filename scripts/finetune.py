@@ -11,14 +11,14 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from dinovmf_plugin.cli import one_clear_message
+from dinovmf_plugin.runs.cli import one_clear_message
 
 
 @hydra.main(version_base="1.2", config_path="pkg://dinovmf_plugin.configs", config_name="finetune")
 @one_clear_message
 def main(cfg: DictConfig) -> None:
     """Fine-tune and write the results."""
-    from dinovmf_plugin.evaluation.finetune_run import finetune
+    from dinovmf_plugin.evaluation.finetuning.run import finetune
 
     finetune(cfg)
 

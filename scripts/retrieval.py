@@ -10,15 +10,15 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.cli import one_clear_message
+from dinovmf_plugin.runs.cli import one_clear_message
 
 
 @hydra.main(version_base="1.2", config_path="pkg://dinovmf_plugin.configs", config_name="retrieval")
 @one_clear_message
 def main(cfg: DictConfig) -> None:
     """Run the evaluation, write its results and print the scores."""
-    from dinovmf_plugin.evaluation.retrieval_page import format_scores
-    from dinovmf_plugin.evaluation.retrieval_run import RetrievalSettings, evaluate_retrieval
+    from dinovmf_plugin.evaluation.retrieval.page import format_scores
+    from dinovmf_plugin.evaluation.retrieval.run import RetrievalSettings, evaluate_retrieval
 
     settings = RetrievalSettings(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     print(format_scores(evaluate_retrieval(settings)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.cli import one_clear_message
+from dinovmf_plugin.runs.cli import one_clear_message
 
 
 @hydra.main(
@@ -19,8 +19,8 @@ from dinovmf_plugin.cli import one_clear_message
 @one_clear_message
 def main(cfg: DictConfig) -> None:
     """Run the evaluation, write its results and print the scores."""
-    from dinovmf_plugin.evaluation.video_report import format_table
-    from dinovmf_plugin.evaluation.video_run import VideoSettings, evaluate_video_segmentation
+    from dinovmf_plugin.evaluation.video.page import format_table
+    from dinovmf_plugin.evaluation.video.run import VideoSettings, evaluate_video_segmentation
 
     settings = VideoSettings(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     print(format_table(evaluate_video_segmentation(settings)))

@@ -298,7 +298,7 @@ def ddp(_processes: _Processes) -> Any:
 @pytest.fixture
 def killed_in_epoch_2(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Factory: ``killed_in_epoch_2(run)`` calls what records a curve, and ends it in its second epoch."""
-    from dinovmf_plugin.comparison.curve import CurveRecorder
+    from dinovmf_plugin.training.curve import CurveRecorder
 
     record = CurveRecorder.on_train_epoch_end
 

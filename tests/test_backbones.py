@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dinovmf_plugin import backbones
+from dinovmf_plugin.core import vit as backbones
 
 
 def _vit(**kwargs) -> VisionTransformer:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinovmf_plugin.centering import (
+from dinovmf_plugin.core.centering import (
     CENTERINGS,
     Centering,
     LogitCentering,

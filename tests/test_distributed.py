@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from dinovmf_plugin import distributed
+from dinovmf_plugin.core import distributed
 
 
 def _rows(counts: list[int], k: int = 7) -> list[torch.Tensor]:

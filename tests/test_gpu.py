@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinovmf_plugin.centering import make_centering
+from dinovmf_plugin.core.centering import make_centering
+from dinovmf_plugin.core.masking import MaskSampler
+from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.core.vmf import exact_log_normalizer, log_normalizer
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
 from dinovmf_plugin.losses.dino import view_pairs
-from dinovmf_plugin.masking import MaskSampler
-from dinovmf_plugin.prototypes import Prototypes
-from dinovmf_plugin.vmf import exact_log_normalizer, log_normalizer
 
 pytestmark = pytest.mark.gpu
 

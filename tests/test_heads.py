@@ -9,7 +9,7 @@ import torch
 from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
-from dinovmf_plugin.heads import DINOHead
+from dinovmf_plugin.core.heads import DINOHead
 
 
 def _head(**kwargs) -> DINOHead:

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import torch
 
-from dinovmf_plugin.masking import (
+from dinovmf_plugin.core.masking import (
     MaskSampler,
     block_masks,
     draw_ratios,

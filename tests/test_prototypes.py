@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dinovmf_plugin import vmf
-from dinovmf_plugin.prototypes import NORMALIZATIONS, Prototypes
+from dinovmf_plugin.core import vmf
+from dinovmf_plugin.core.prototypes import NORMALIZATIONS, Prototypes
 
 DIM, K, TAU = 16, 12, 0.1
 

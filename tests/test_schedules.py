@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinovmf_plugin import schedules
+from dinovmf_plugin.core import schedules
 
 
 def table(peak, end, epochs, steps, warmup_epochs=0, start=0.0) -> np.ndarray:

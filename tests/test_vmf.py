@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import integrate, special, stats
 
-from dinovmf_plugin import vmf
+from dinovmf_plugin.core import vmf
 
 mpmath.mp.dps = 40
 

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dinovmf_plugin.backbones import forward_tokens
 from dinovmf_plugin.checkpoints.heads import HeadSettings, head_from, with_head
 from dinovmf_plugin.checkpoints.layouts import Which, read_weights
 from dinovmf_plugin.checkpoints.loading import backbone_from
 from dinovmf_plugin.checkpoints.reading import read_file, resolve_file
-from dinovmf_plugin.checkpoints.statistics import Statistics, channel_statistics
+from dinovmf_plugin.core.heads import DINOHead
+from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.core.vit import forward_tokens
+from dinovmf_plugin.data.channels import Statistics, channel_statistics
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import ImageFolder, list_images, relabel, take_fraction
-from dinovmf_plugin.data.images import find_unreadable
 from dinovmf_plugin.data.loaders import FolderSource
-from dinovmf_plugin.heads import DINOHead
-from dinovmf_plugin.prototypes import Prototypes
+from dinovmf_plugin.data.unreadable import find_unreadable
 
 __all__ = ["Embeddings", "Images", "LoadedModel", "assign", "embed", "find_images", "load_model"]
 

@@ -1,119 +1,33 @@
 """The paper's figures, drawn from the code itself; every function returns a matplotlib ``Figure``.
 
-Draw inside ``themed`` (or ``matplotlib.rc_context(THEMES["light"])``): colours are those of the context.
+Draw inside ``report.theme.themed``: colours are those of its context.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 import numpy as np
 import torch
-from cycler import cycler
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from dinovmf_plugin.analysis.precision import PercentileBin
-from dinovmf_plugin.vmf import exact_log_normalizer, log_density, log_normalizer
+from dinovmf_plugin.core.vmf import exact_log_normalizer, log_density, log_normalizer
+from dinovmf_plugin.mixture.precision import PercentileBin
+from dinovmf_plugin.report.theme import axes_figure, legend_above
 
 __all__ = [
-    "THEMES",
     "circle_figure",
     "concentration_figure",
     "likelihood_figure",
     "normalizer_error_figure",
     "normalizer_figure",
     "precision_figure",
-    "themed",
     "utilization_figure",
 ]
-
-
-def _theme(text: str, faint: str, colors: Sequence[str]) -> dict[str, Any]:
-    return {
-        "text.color": text,
-        "axes.labelcolor": text,
-        "axes.edgecolor": faint,
-        "axes.prop_cycle": cycler(color=colors),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": faint,
-        "grid.alpha": 0.35,
-        "grid.linewidth": 0.6,
-        "xtick.color": text,
-        "ytick.color": text,
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "legend.frameon": False,
-        "font.size": 10,
-        "lines.linewidth": 1.8,
-        "svg.hashsalt": "dinovmf_plugin",  # the same figure gives the same file
-    }
-
-
-THEMES: dict[str, dict[str, Any]] = {
-    "light": _theme(
-        "#24292f", "#8c959f", ["#1f6feb", "#d1462f", "#1a7f4b", "#9a6700", "#8250df", "#57606a"]
-    ),
-    "dark": _theme(
-        "#dde3ea", "#7d8590", ["#6cb0ff", "#ff8a75", "#5fd08d", "#e3b341", "#c297ff", "#9aa5b1"]
-    ),
-}
-_SIZE = (6.4, 3.6)
-
-
-def themed(draw: Callable[[], Figure]) -> dict[str, bytes]:
-    """Draw a figure once per theme, as SVG with a transparent background.
-
-    Args:
-        draw: makes the figure; called inside each theme's ``rc_context``.
-
-    Returns:
-        ``{"light": svg, "dark": svg}``.
-
-    Example:
-        >>> sorted(themed(lambda: circle_figure()))
-        ['dark', 'light']
-    """
-    out = {}
-    for name, theme in THEMES.items():
-        with mpl.rc_context(theme):  # type: ignore[arg-type]
-            buffer = io.BytesIO()
-            draw().savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
-            out[name] = buffer.getvalue()
-    return out
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """Content as a ``data:`` URI, e.g. for ``image/svg+xml``.
-
-    Example:
-        >>> data_uri(b"abc", "image/png")
-        'data:image/png;base64,YWJj'
-    """
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _axes(xlabel: str, ylabel: str, size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    return figure, axes
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Above the axes, so that it never covers a curve; none for a single unnamed model."""
-    handles, labels = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(handles)))
 
 
 def normalizer_figure(
@@ -123,11 +37,11 @@ def normalizer_figure(
 
     ``D(kappa) = log C_p(kappa) - log C_p(0)``, which training adds to the logits.
     """
-    figure, axes = _axes("concentration κ", "log C$_p$(κ) − log C$_p$(0)")
+    figure, axes = axes_figure("concentration κ", "log C$_p$(κ) − log C$_p$(0)")
     kappa = torch.linspace(20.0, kappa_max, 400, dtype=torch.float64)
     for dim in dims:
         axes.plot(kappa, log_normalizer(kappa, dim, order=order), label=f"p = {dim}")
-    _legend(figure, axes)
+    legend_above(figure, axes)
     return figure
 
 
@@ -135,13 +49,13 @@ def normalizer_error_figure(
     dims: Sequence[int] = (64, 128, 256, 512), *, order: int = 0, kappa_max: float = 500.0
 ) -> Figure:
     """Figure 5: approximation minus exact value (``vmf.exact_log_normalizer``), in nats."""
-    figure, axes = _axes("concentration κ", "error (nats)")
+    figure, axes = axes_figure("concentration κ", "error (nats)")
     kappa = torch.linspace(20.0, kappa_max, 400, dtype=torch.float64)
     for dim in dims:
         error = log_normalizer(kappa, dim, order=order).numpy() - exact_log_normalizer(kappa, dim)
         axes.plot(kappa, error, label=f"p = {dim}")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-    _legend(figure, axes)
+    legend_above(figure, axes)
     return figure
 
 
@@ -151,7 +65,7 @@ def circle_figure(concentrations: Sequence[float] = (10.0, 3.0), *, degrees: flo
     The density is the distance from the circle; arrows are the prototypes, as long as their
     concentration. A longer prototype puts its mass closer to its direction.
     """
-    figure, axes = _axes("", "", (4.2, 4.4))
+    figure, axes = axes_figure("", "", (4.2, 4.4))
     angle = torch.linspace(0, 2 * math.pi, 721, dtype=torch.float64)
     points = torch.stack([angle.cos(), angle.sin()], dim=-1)
     mean = torch.tensor([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))])
@@ -169,7 +83,7 @@ def circle_figure(concentrations: Sequence[float] = (10.0, 3.0), *, degrees: flo
         )
     axes.set_aspect("equal")
     axes.set_axis_off()
-    _legend(figure, axes)
+    legend_above(figure, axes)
     return figure
 
 
@@ -188,7 +102,7 @@ def utilization_figure(sweeps: Mapping[str, Mapping[float, Mapping[str, int]]]) 
             axes.plot(list(sweep), values, "o-", markersize=4, label=name)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    _legend(figure, axes)
+    legend_above(figure, axes)
     return figure
 
 
@@ -198,7 +112,7 @@ def precision_figure(series: Mapping[str, Sequence[PercentileBin]]) -> Figure:
     Args:
         series: per model, what ``accuracy_by_percentile`` returns.
     """
-    figure, axes = _axes("percentile range of ‖w‖ of the assigned prototype", "kNN top-1 (%)")
+    figure, axes = axes_figure("percentile range of ‖w‖ of the assigned prototype", "kNN top-1 (%)")
     for name, bins in series.items():
         axes.plot(
             [(part.low + part.high) / 2 for part in bins],
@@ -209,7 +123,7 @@ def precision_figure(series: Mapping[str, Sequence[PercentileBin]]) -> Figure:
         )
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 20))
-    _legend(figure, axes)
+    legend_above(figure, axes)
     return figure
 
 
@@ -232,7 +146,7 @@ def concentration_figure(concentrations: ArrayLike, hits: ArrayLike) -> Figure:
     axes.hist(kappa, bounds, color=colors[5], alpha=0.45, label="all components")
     axes.hist(kappa[wins > 0], bounds, color=colors[0], alpha=0.85, label="that win an image")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, axes)
+    legend_above(figure, axes)
     axes = figure.add_subplot(1, 2, 2, xlabel="components by usage", ylabel="images won")
     used = np.sort(wins[wins > 0])[::-1]
     axes.plot(np.arange(1, len(used) + 1), used)
@@ -248,7 +162,9 @@ def likelihood_figure(log_likelihoods: Mapping[str, ArrayLike], uniform: float) 
         log_likelihoods: per set of images, ``(N,)`` each.
         uniform: ``mixture.log_uniform_density(p)``.
     """
-    figure, axes = _axes("log p(y) − log-density of the uniform distribution", "share of images")
+    figure, axes = axes_figure(
+        "log p(y) − log-density of the uniform distribution", "share of images"
+    )
     values = {name: np.asarray(v) - uniform for name, v in log_likelihoods.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins=40).tolist()
     for name, value in values.items():
@@ -262,5 +178,5 @@ def likelihood_figure(log_likelihoods: Mapping[str, ArrayLike], uniform: float) 
         )
     if edges[0] <= 0:
         axes.axvline(0, color=mpl.rcParams["axes.edgecolor"], linestyle="--", label="uniform")
-    _legend(figure, axes)
+    legend_above(figure, axes)
     return figure

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dinovmf_plugin.analysis.mixture import VMFMixture
-from dinovmf_plugin.analysis.model_analysis import Scored, component_labels
-from dinovmf_plugin.analysis.report import Sheet, thumbnail
+from dinovmf_plugin.analysis.measurements import Scored, component_labels
+from dinovmf_plugin.mixture.model import VMFMixture
+from dinovmf_plugin.report.page import Sheet, thumbnail
 
 __all__ = ["component_sheets", "component_table", "image_table", "ranked_sheet"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinovmf_plugin.analysis.report import Page, Sheet, table
+from dinovmf_plugin.report.page import Page, Sheet, table
 
 __all__ = ["analysis_page", "gallery_page"]
 

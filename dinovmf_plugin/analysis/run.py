@@ -31,22 +31,23 @@ from dinovmf_plugin.analysis.gallery import (
     image_table,
     ranked_sheet,
 )
-from dinovmf_plugin.analysis.mixture import log_uniform_density
-from dinovmf_plugin.analysis.model_analysis import (
+from dinovmf_plugin.analysis.measurements import (
     make_mixture,
     measure_precision,
     measure_prototypes,
     score_images,
 )
 from dinovmf_plugin.analysis.page import analysis_page, gallery_page
-from dinovmf_plugin.analysis.precision import PercentileBin
-from dinovmf_plugin.analysis.report import Sheet, Thumbnail
 from dinovmf_plugin.analysis.settings import AnalysisSettings
 from dinovmf_plugin.analysis.tables import save_table
-from dinovmf_plugin.analysis.utilization import duplicate_groups
-from dinovmf_plugin.backbones import last_attention, patch_grid
+from dinovmf_plugin.core.vit import last_attention, patch_grid
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.run_folder import (
+from dinovmf_plugin.mixture.model import log_uniform_density
+from dinovmf_plugin.mixture.precision import PercentileBin
+from dinovmf_plugin.mixture.utilization import duplicate_groups
+from dinovmf_plugin.report.page import Sheet, Thumbnail
+from dinovmf_plugin.report.theme import themed
+from dinovmf_plugin.runs.folder import (
     file_digest,
     open_run_folder,
     pick_device,
@@ -150,7 +151,7 @@ def _charts(
     }
     if bins:
         draw["precision"] = partial(figures.precision_figure, bins)
-    return {name: figures.themed(function) for name, function in draw.items()}
+    return {name: themed(function) for name, function in draw.items()}
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from dinovmf_plugin.analysis.model_analysis import WEIGHTS
+from dinovmf_plugin.analysis.measurements import WEIGHTS
 from dinovmf_plugin.analysis.tables import check_table_format
-from dinovmf_plugin.evaluation.typed import build
+from dinovmf_plugin.runs.settings import build
 
 __all__ = [
     "AnalysisSettings",

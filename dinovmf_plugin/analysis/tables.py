@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinovmf_plugin.evaluation.run_folder import write_atomic
+from dinovmf_plugin.runs.folder import write_atomic
 
 __all__ = ["TABLE_FORMATS", "check_table_format", "save_table"]
 

@@ -32,7 +32,7 @@ from dinovmf_plugin.benchmarks.harness import (
     peak_growth,
     write_report,
 )
-from dinovmf_plugin.evaluation.knn import knn_accuracy, vote_ranks
+from dinovmf_plugin.features.knn import knn_accuracy, vote_ranks
 
 __all__ = ["CANDIDATES", "DEFAULTS", "Workload", "main", "measure", "peak_memory"]
 

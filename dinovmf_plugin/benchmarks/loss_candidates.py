@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinovmf_plugin.centering import LogitCentering
+from dinovmf_plugin.core.centering import LogitCentering
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
 from dinovmf_plugin.losses.dino import view_pairs
 from dinovmf_plugin.losses.plan import multiplies_natively
-from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["CANDIDATES", "Workload"]
 

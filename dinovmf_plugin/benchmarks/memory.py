@@ -26,11 +26,11 @@ from dinovmf_plugin.benchmarks.harness import (
     peak_growth,
     write_report,
 )
-from dinovmf_plugin.centering import make_centering
+from dinovmf_plugin.core.centering import make_centering
+from dinovmf_plugin.core.masking import MaskSampler
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.dino import dino_loss
 from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_patch_center
-from dinovmf_plugin.masking import MaskSampler
-from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["CANDIDATES", "Workload", "main", "measure"]
 

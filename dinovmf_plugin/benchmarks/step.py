@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 from dinovmf_plugin import host
 from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
 from dinovmf_plugin.benchmarks.training import train_quietly
-from dinovmf_plugin.comparison.candidates import Candidate, compose_recipe
-from dinovmf_plugin.host.config import parse_cfg
 from dinovmf_plugin.pretraining import build_method
+from dinovmf_plugin.recipes import Candidate, compose_recipe
+from dinovmf_plugin.training.config import parse_cfg
 
 __all__ = ["CANDIDATES", "DEFAULTS", "main", "measure"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
-from dinovmf_plugin.evaluation.transfer import WEIGHT_DECAYS, cross_validated_accuracy
+from dinovmf_plugin.evaluation.logistic.transfer import WEIGHT_DECAYS, cross_validated_accuracy
 
 __all__ = ["DEFAULTS", "generated_features", "main"]
 

@@ -12,7 +12,7 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from dinovmf_plugin import backbones
+from dinovmf_plugin.core import vit as backbones
 
 __all__ = ["ViTShape", "build_vit", "infer_shape", "known_heads", "resize_position_embedding"]
 

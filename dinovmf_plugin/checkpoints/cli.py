@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dinovmf_plugin.checkpoints.report import LoadReport
 from dinovmf_plugin.checkpoints.transfer import IMPORT_SOURCES, export_weights, import_weights
-from dinovmf_plugin.cli import one_clear_message
+from dinovmf_plugin.runs.cli import one_clear_message
 
 __all__ = ["export_main", "import_main"]
 

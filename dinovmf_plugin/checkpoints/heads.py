@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
-from dinovmf_plugin.heads import DINOHead
-from dinovmf_plugin.prototypes import NORMALIZATIONS, Normalization
+from dinovmf_plugin.core.heads import DINOHead
+from dinovmf_plugin.core.prototypes import NORMALIZATIONS, Normalization
 
 __all__ = ["HeadSettings", "head_from", "load_head", "with_head"]
 

@@ -11,7 +11,6 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from dinovmf_plugin import backbones
 from dinovmf_plugin.checkpoints.architecture import (
     ViTShape,
     build_vit,
@@ -22,6 +21,7 @@ from dinovmf_plugin.checkpoints.architecture import (
 from dinovmf_plugin.checkpoints.heads import with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
 from dinovmf_plugin.checkpoints.report import LoadReport
+from dinovmf_plugin.core import vit as backbones
 
 __all__ = ["MIN_COVERAGE", "backbone_from", "initialize_from", "load_backbone"]
 

@@ -18,7 +18,7 @@ from dinovmf_plugin.checkpoints.architecture import ViTShape
 from dinovmf_plugin.checkpoints.heads import HeadSettings
 from dinovmf_plugin.checkpoints.layouts import StoredWeights
 from dinovmf_plugin.checkpoints.reading import CONFIG_KEY
-from dinovmf_plugin.checkpoints.statistics import channel_statistics
+from dinovmf_plugin.data.channels import channel_statistics
 
 __all__ = ["check_free", "inside", "timm_config", "write_atomically", "write_safetensors"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dinovmf_plugin.cli import one_clear_message
 from dinovmf_plugin.comparison.collect import collect
+from dinovmf_plugin.runs.cli import one_clear_message
 
 
 @one_clear_message

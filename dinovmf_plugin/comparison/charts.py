@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dinovmf_plugin.analysis.figures import themed
 from dinovmf_plugin.comparison.results import Group
+from dinovmf_plugin.report.theme import themed
 
 __all__ = ["curve_charts", "seeds_chart", "stability_chart"]
 

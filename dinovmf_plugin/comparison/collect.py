@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dinovmf_plugin.analysis.report import Page, table
 from dinovmf_plugin.comparison.charts import curve_charts, seeds_chart, stability_chart
 from dinovmf_plugin.comparison.paper_ablation import PAPER_ABLATION, PAPER_ABLATION_SEEDS
 from dinovmf_plugin.comparison.results import Group, group_runs, read_results, short_labels
@@ -28,7 +27,8 @@ from dinovmf_plugin.comparison.tables import (
     paper_table,
     utilization_table,
 )
-from dinovmf_plugin.evaluation.run_folder import write_atomic, write_json
+from dinovmf_plugin.report.page import Page, table
+from dinovmf_plugin.runs.folder import write_atomic, write_json
 
 __all__ = ["collect"]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dinovmf_plugin.analysis.alarms import CollapseWatch
+from dinovmf_plugin.training.alarms import CollapseWatch
 
 __all__ = ["BROKEN", "TRAINS", "outcome_of"]
 

@@ -17,17 +17,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import registry
-from dinovmf_plugin.comparison.curve import read_curve, read_monitor
 from dinovmf_plugin.comparison.devices import lease_gpu
+from dinovmf_plugin.comparison.launch import train
 from dinovmf_plugin.comparison.outcome import outcome_of
 from dinovmf_plugin.comparison.settings import RunSettings
-from dinovmf_plugin.comparison.training import train
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.checks import NonFiniteFeaturesError
-from dinovmf_plugin.evaluation.run_folder import pick_device, write_json
 from dinovmf_plugin.evaluation.runner import all_versions, evaluate, keep_previous
-from dinovmf_plugin.host.checkpointer import choose_folder, find_checkpoint, run_identity
-from dinovmf_plugin.host.config import parse_cfg
+from dinovmf_plugin.features.checks import NonFiniteFeaturesError
+from dinovmf_plugin.runs.folder import pick_device, write_json
+from dinovmf_plugin.training.checkpointer import choose_folder, find_checkpoint, run_identity
+from dinovmf_plugin.training.config import parse_cfg
+from dinovmf_plugin.training.curve import read_curve, read_monitor
 
 __all__ = ["flat_metrics", "machine", "run_one"]
 
@@ -89,7 +89,7 @@ def _prototypes(
     if recipe.method not in registry.method_classes():
         return None
     from dinovmf_plugin.analysis.embedding import embed, find_images, load_model
-    from dinovmf_plugin.analysis.model_analysis import measure_prototypes
+    from dinovmf_plugin.analysis.measurements import measure_prototypes
 
     model = load_model(checkpoint, device=pick_device(device))
     images = find_images(recipe.data.train_path, "data.train_path", fraction=recipe.data.fraction)

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.comparison.candidates import Candidate, check_method, compose_recipe
 from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.evaluation.settings import EVALUATIONS, EvaluationSettings
+from dinovmf_plugin.recipes import Candidate, check_method, compose_recipe
 
 __all__ = ["ComparisonSettings", "RunSettings"]
 

@@ -8,11 +8,11 @@ from typing import Any, cast
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.cli import one_clear_message
-from dinovmf_plugin.comparison.candidates import Candidate, check_method, sweep_values
 from dinovmf_plugin.comparison.settings import ComparisonSettings, RunSettings, comparison_from
-from dinovmf_plugin.evaluation.run_folder import open_run_folder
-from dinovmf_plugin.host.config import parse_cfg
+from dinovmf_plugin.recipes import Candidate, check_method, sweep_values
+from dinovmf_plugin.runs.cli import one_clear_message
+from dinovmf_plugin.runs.folder import open_run_folder
+from dinovmf_plugin.training.config import parse_cfg
 
 __all__ = ["ComparisonCallback", "planned_runs", "register_resolver", "run_job"]
 

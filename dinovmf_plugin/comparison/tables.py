@@ -8,7 +8,7 @@ from typing import Any
 from dinovmf_plugin.comparison.paper_ablation import PAPER_ABLATION
 from dinovmf_plugin.comparison.results import Group
 from dinovmf_plugin.comparison.statistics import describe_difference, with_spread
-from dinovmf_plugin.evaluation.paper import PAPER
+from dinovmf_plugin.report.paper import PAPER
 
 __all__ = ["Table", "ablation_table", "comparison_table", "difference_sentences", "markdown"]
 

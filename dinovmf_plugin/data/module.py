@@ -19,10 +19,10 @@ from dinovmf_plugin.data.folders import (
     relabel,
     take_fraction,
 )
-from dinovmf_plugin.data.images import find_unreadable, refuse_or_drop
 from dinovmf_plugin.data.loaders import FolderSource, ImageSource, PretrainLoader
 from dinovmf_plugin.data.recipe import Recipe, parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
+from dinovmf_plugin.data.unreadable import find_unreadable, refuse_or_drop
 
 FOLDER_DATASETS = ("imagenet", "imagenet100", "custom")
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10")
@@ -209,7 +209,7 @@ def pretrain_loader(
         return PretrainLoader(
             FolderSource(images), recipe, plan(len(images)), num_workers=num_workers
         )
-    from dinovmf_plugin.data.dali import DALILoader
+    from dinovmf_plugin.data.dali.loaders import DALILoader
 
     return DALILoader(
         images,
@@ -280,7 +280,7 @@ def validation_loader(
         images = _readable(cfg, images, key, world_size)
         images = images.subset(np.arange(rank, len(images), world_size))
         if data_format == "dali":
-            from dinovmf_plugin.data.dali import DALIEvaluationLoader
+            from dinovmf_plugin.data.dali.loaders import DALIEvaluationLoader
 
             return DALIEvaluationLoader(
                 images,

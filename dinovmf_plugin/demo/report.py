@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinovmf_plugin.analysis.figures import themed
-from dinovmf_plugin.analysis.report import Page, Sheet, Thumbnail, table, thumbnail
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.evaluation.features import extract_features
-from dinovmf_plugin.evaluation.run_folder import write_atomic
+from dinovmf_plugin.features.extraction import extract_features
+from dinovmf_plugin.report.page import Page, Sheet, Thumbnail, table, thumbnail
+from dinovmf_plugin.report.theme import themed
+from dinovmf_plugin.runs.folder import write_atomic
 
 __all__ = ["LabelledImages", "write_report"]
 

@@ -15,16 +15,16 @@ from torch import nn
 
 from dinovmf_plugin import registry
 from dinovmf_plugin.checkpoints import load_backbone
-from dinovmf_plugin.comparison.candidates import Candidate, compose_recipe
-from dinovmf_plugin.comparison.curve import CurveRecorder, read_curve, read_monitor
 from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
 from dinovmf_plugin.demo.report import LabelledImages, write_report
-from dinovmf_plugin.evaluation.features import PixelFeatures, extract_features
-from dinovmf_plugin.evaluation.knn import knn_accuracy
-from dinovmf_plugin.evaluation.run_folder import write_json
-from dinovmf_plugin.host.config import parse_cfg
+from dinovmf_plugin.features.extraction import PixelFeatures, extract_features
+from dinovmf_plugin.features.knn import knn_accuracy
 from dinovmf_plugin.pretraining import build_method, pretrain
+from dinovmf_plugin.recipes import Candidate, compose_recipe
+from dinovmf_plugin.runs.folder import write_json
+from dinovmf_plugin.training.config import parse_cfg
+from dinovmf_plugin.training.curve import CurveRecorder, read_curve, read_monitor
 
 __all__ = ["run_demo"]
 

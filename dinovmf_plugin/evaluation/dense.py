@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dinovmf_plugin.backbones import is_vit
 from dinovmf_plugin.checkpoints.layouts import Which
-from dinovmf_plugin.evaluation.backbone import EvaluatedBackbone, load_evaluated
+from dinovmf_plugin.core.vit import is_vit
+from dinovmf_plugin.features.network import EvaluatedBackbone, load_evaluated
 
 __all__ = ["load_evaluated_vit"]
 

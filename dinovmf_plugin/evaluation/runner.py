@@ -14,14 +14,14 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.evaluation.backbone import EvaluatedBackbone, load_evaluated, untrained_like
-from dinovmf_plugin.evaluation.features import resolve_feature
-from dinovmf_plugin.evaluation.processes import Processes, launched_processes
-from dinovmf_plugin.evaluation.report import evaluation_page, text_table
-from dinovmf_plugin.evaluation.run_folder import pick_device, versions, write_atomic, write_json
-from dinovmf_plugin.evaluation.runs import PREPARE, Run
+from dinovmf_plugin.core.distributed import Processes, launched_processes
+from dinovmf_plugin.evaluation.page import evaluation_page, text_table
+from dinovmf_plugin.evaluation.protocols import PREPARE, Run
 from dinovmf_plugin.evaluation.settings import EvaluationSettings
 from dinovmf_plugin.evaluation.workbench import Images, Workbench
+from dinovmf_plugin.features.extraction import resolve_feature
+from dinovmf_plugin.features.network import EvaluatedBackbone, load_evaluated, untrained_like
+from dinovmf_plugin.runs.folder import pick_device, versions, write_atomic, write_json
 
 __all__ = ["all_versions", "evaluate", "evaluate_one", "keep_previous"]
 

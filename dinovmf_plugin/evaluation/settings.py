@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.few_shot import DEFAULT_LAMBD
-from dinovmf_plugin.evaluation.images import FORMATS
-from dinovmf_plugin.evaluation.knn import DEFAULT_KS, DEFAULT_TEMPERATURE
-from dinovmf_plugin.evaluation.linear import DEFAULT_LRS
-from dinovmf_plugin.evaluation.typed import build, check_type
+from dinovmf_plugin.evaluation.linear.scores import DEFAULT_LRS
+from dinovmf_plugin.evaluation.logistic.few_shot import DEFAULT_LAMBD
+from dinovmf_plugin.features.images import FORMATS
+from dinovmf_plugin.features.knn import DEFAULT_KS, DEFAULT_TEMPERATURE
+from dinovmf_plugin.runs.settings import build, check_type
 
 __all__ = [
     "BASELINES",

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinovmf_plugin.core.distributed import Processes
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.backbone import EvaluatedBackbone
-from dinovmf_plugin.evaluation.feature_cache import FeatureKey, load_feature_file, save_feature_file
-from dinovmf_plugin.evaluation.features import extract_feature_set, resolve_feature
-from dinovmf_plugin.evaluation.images import (
+from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings, _Section
+from dinovmf_plugin.features.cache import FeatureKey, load_feature_file, save_feature_file
+from dinovmf_plugin.features.extraction import extract_feature_set, resolve_feature
+from dinovmf_plugin.features.images import (
     ImageSet,
     describe,
     image_folder,
     loader_for,
     rank_share,
 )
-from dinovmf_plugin.evaluation.processes import Processes
-from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings, _Section
+from dinovmf_plugin.features.network import EvaluatedBackbone
 
 __all__ = ["Images", "Workbench"]
 

@@ -21,9 +21,13 @@ solo = import_solo()
 GENERATION = "main" if importlib.util.find_spec("solo.data") is not None else "release"
 
 if GENERATION == "main":
-    from dinovmf_plugin.host.main_branch import BaseMomentumMethod, build_host_method
+    from dinovmf_plugin.host.main_branch import (
+        BaseMomentumMethod,
+        HostCheckpointer,
+        build_host_method,
+    )
 else:
-    from dinovmf_plugin.host.release import BaseMomentumMethod, build_host_method
+    from dinovmf_plugin.host.release import BaseMomentumMethod, HostCheckpointer, build_host_method
 
 from solo.methods import METHODS  # noqa: E402
 from solo.utils.metrics import accuracy_at_k, weighted_mean  # noqa: E402
@@ -32,6 +36,7 @@ __all__ = [
     "GENERATION",
     "METHODS",
     "BaseMomentumMethod",
+    "HostCheckpointer",
     "accuracy_at_k",
     "build_host_method",
     "weighted_mean",

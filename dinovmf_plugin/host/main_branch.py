@@ -8,10 +8,13 @@ from omegaconf import DictConfig
 from solo.methods import METHODS
 from solo.methods.base import BaseMomentumMethod as _BaseMomentumMethod
 
+# Lightning lets a callback of the model replace the Trainer's only if it is a subclass of it
+from solo.utils.checkpointer import Checkpointer as HostCheckpointer
+
 from dinovmf_plugin.host.backbones import register_in_main
 from dinovmf_plugin.host.knn import repair_knn
 
-__all__ = ["BaseMomentumMethod", "build_host_method"]
+__all__ = ["BaseMomentumMethod", "HostCheckpointer", "build_host_method"]
 
 repair_knn()
 register_in_main()

@@ -11,6 +11,7 @@ import inspect
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch import Callback as HostCheckpointer  # 1.0.2 has one of another Lightning
 from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from solo.methods import METHODS
@@ -20,7 +21,7 @@ from torch import Tensor
 from dinovmf_plugin.host.backbones import standing_in_release
 from dinovmf_plugin.host.knn import check_distance, repair_knn
 
-__all__ = ["BaseMomentumMethod", "build_host_method"]
+__all__ = ["BaseMomentumMethod", "HostCheckpointer", "build_host_method"]
 
 _DEFAULTS: dict[str, Any] = {
     "backbone": {"kwargs": {}},

@@ -45,7 +45,7 @@ class LinearWarmupCosineAnnealingLR(LambdaLR):
         eta_min: float = 0.0,
         last_epoch: int = -1,
     ) -> None:
-        from dinovmf_plugin.schedules import learning_rate
+        from dinovmf_plugin.core.schedules import learning_rate
 
         def factor(peak: float, epoch: int) -> float:
             if not peak:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
-from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["dino_loss", "view_pairs"]
 

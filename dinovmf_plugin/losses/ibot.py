@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dinovmf_plugin import distributed
-from dinovmf_plugin.centering import Centering
+from dinovmf_plugin.core import distributed
+from dinovmf_plugin.core.centering import Centering
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
-from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["ibot_patch_loss", "masked_token_weights", "patch_targets", "update_patch_center"]
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
-from dinovmf_plugin import distributed
-from dinovmf_plugin.centering import Centering
+from dinovmf_plugin.core import distributed
+from dinovmf_plugin.core.centering import Centering
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
-from dinovmf_plugin.prototypes import Prototypes
 
 __all__ = ["mean_entropy_gap", "msn_loss", "msn_targets"]
 

@@ -10,23 +10,24 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from dinovmf_plugin import backbones, schedules
-from dinovmf_plugin.centering import Centering
-from dinovmf_plugin.heads import ProjectionHead
+from dinovmf_plugin.core import schedules
+from dinovmf_plugin.core import vit as backbones
+from dinovmf_plugin.core.centering import Centering
+from dinovmf_plugin.core.heads import ProjectionHead
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.host import BaseMomentumMethod
 from dinovmf_plugin.losses.koleo import koleo_loss
-from dinovmf_plugin.methods import optimization
 from dinovmf_plugin.methods.probes import OnlineProbes
-from dinovmf_plugin.methods.records import REMEDY, NonFiniteLossError, StepRecord
-from dinovmf_plugin.methods.seeding import SeededSteps
 from dinovmf_plugin.methods.settings import (
     MethodSettings,
     check_range,
     check_strategy,
     read_settings,
 )
-from dinovmf_plugin.methods.stored_config import StoredConfig
-from dinovmf_plugin.prototypes import Prototypes
+from dinovmf_plugin.training import optimization
+from dinovmf_plugin.training.records import REMEDY, NonFiniteLossError, StepRecord
+from dinovmf_plugin.training.seeding import SeededSteps
+from dinovmf_plugin.training.stored_config import StoredConfig
 
 __all__ = ["DistillationOutput", "NonFiniteLossError", "SelfDistillation", "forward_by_size"]
 
@@ -338,6 +339,6 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
 
     def configure_callbacks(self) -> list[Any]:
         """The plugin's own checkpointer (in place of the host's) and monitor."""
-        from dinovmf_plugin.methods.callbacks import method_callbacks
+        from dinovmf_plugin.training.callbacks import method_callbacks
 
         return method_callbacks(self.cfg, self.settings)

@@ -8,14 +8,14 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from dinovmf_plugin import schedules
-from dinovmf_plugin.centering import make_centering
-from dinovmf_plugin.heads import DINOHead
+from dinovmf_plugin.core import schedules
+from dinovmf_plugin.core.centering import make_centering
+from dinovmf_plugin.core.heads import DINOHead
 from dinovmf_plugin.losses.dino import dino_loss
-from dinovmf_plugin.methods import optimization
 from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation, forward_by_size
-from dinovmf_plugin.methods.records import StepRecord
 from dinovmf_plugin.methods.settings import DINOSettings
+from dinovmf_plugin.training import optimization
+from dinovmf_plugin.training.records import StepRecord
 
 __all__ = ["DINOMultiCrop", "DINOvMF"]
 

@@ -9,15 +9,16 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from dinovmf_plugin import backbones, schedules
-from dinovmf_plugin.centering import make_centering
+from dinovmf_plugin.core import schedules
+from dinovmf_plugin.core import vit as backbones
+from dinovmf_plugin.core.centering import make_centering
+from dinovmf_plugin.core.masking import MaskSampler
 from dinovmf_plugin.losses.dino import dino_loss
 from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_patch_center
-from dinovmf_plugin.masking import MaskSampler
 from dinovmf_plugin.methods.base import DistillationOutput, forward_by_size
 from dinovmf_plugin.methods.dino import DINOMultiCrop
-from dinovmf_plugin.methods.records import StepRecord
 from dinovmf_plugin.methods.settings import DINOSettings, check_range, check_vit
+from dinovmf_plugin.training.records import StepRecord
 
 __all__ = ["IBOT", "IBOTSettings", "IBOTvMF"]
 

@@ -9,16 +9,17 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from dinovmf_plugin import backbones, schedules
-from dinovmf_plugin.centering import make_centering
-from dinovmf_plugin.heads import ProjectionHead
-from dinovmf_plugin.host.config import count_devices
+from dinovmf_plugin.core import schedules
+from dinovmf_plugin.core import vit as backbones
+from dinovmf_plugin.core.centering import make_centering
+from dinovmf_plugin.core.heads import ProjectionHead
+from dinovmf_plugin.core.masking import kept_patches
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.msn import msn_loss, msn_targets
-from dinovmf_plugin.masking import kept_patches
 from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation, forward_by_size
-from dinovmf_plugin.methods.records import StepRecord
 from dinovmf_plugin.methods.settings import MethodSettings, check_range, check_vit
-from dinovmf_plugin.prototypes import Prototypes
+from dinovmf_plugin.training.config import count_devices
+from dinovmf_plugin.training.records import StepRecord
 
 __all__ = ["MSN", "MSNSettings", "MSNvMF"]
 

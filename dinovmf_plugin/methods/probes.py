@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinovmf_plugin import backbones
-from dinovmf_plugin.heads import ProjectionHead
+from dinovmf_plugin.core import vit as backbones
+from dinovmf_plugin.core.heads import ProjectionHead
 from dinovmf_plugin.host import BaseMomentumMethod, accuracy_at_k, weighted_mean
 
 __all__ = ["OnlineProbes"]

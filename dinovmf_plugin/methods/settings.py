@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, ConfigTypeError, ValidationError
 
-from dinovmf_plugin.centering import CENTERINGS
-from dinovmf_plugin.prototypes import NORMALIZATIONS
+from dinovmf_plugin.core.centering import CENTERINGS
+from dinovmf_plugin.core.prototypes import NORMALIZATIONS
 
 __all__ = [
     "DINOSettings",

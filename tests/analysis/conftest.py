@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.models import VisionTransformer
 
-from dinovmf_plugin.heads import DINOHead
+from dinovmf_plugin.core.heads import DINOHead
 
 NUM_PROTOTYPES, DIM = 24, 8
 

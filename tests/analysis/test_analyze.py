@@ -16,12 +16,12 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dinovmf_plugin.analysis.embedding import Images, assign, embed, find_images, load_model
 from dinovmf_plugin.analysis.gallery import component_sheets
-from dinovmf_plugin.analysis.mixture import VMFMixture, prototype_mixture
-from dinovmf_plugin.analysis.model_analysis import knn_correct, make_mixture, score_images
+from dinovmf_plugin.analysis.measurements import knn_correct, make_mixture, score_images
 from dinovmf_plugin.analysis.run import AnalysisSettings, analyze, format_analysis
 from dinovmf_plugin.analysis.tables import save_table
-from dinovmf_plugin.analysis.utilization import utilization
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.mixture.model import VMFMixture, prototype_mixture
+from dinovmf_plugin.mixture.utilization import utilization
 
 CROP = CenterCrop(resize=18, size=16)
 

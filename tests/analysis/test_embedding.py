@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from dinovmf_plugin.analysis.embedding import embed, find_images, load_model
-from dinovmf_plugin.analysis.mixture import prototype_mixture
-from dinovmf_plugin.analysis.model_analysis import make_mixture
+from dinovmf_plugin.analysis.measurements import make_mixture
 from dinovmf_plugin.analysis.run import AnalysisSettings, analyze
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.mixture.model import prototype_mixture
 
 CROP = CenterCrop(resize=18, size=16)
 

@@ -10,8 +10,9 @@ import pytest
 from scipy import integrate, special
 
 from dinovmf_plugin.analysis import figures
-from dinovmf_plugin.analysis.precision import PercentileBin
-from dinovmf_plugin.vmf import exact_log_normalizer
+from dinovmf_plugin.core.vmf import exact_log_normalizer
+from dinovmf_plugin.mixture.precision import PercentileBin
+from dinovmf_plugin.report.theme import THEMES, themed
 
 
 def lines(figure, axes=0):
@@ -71,13 +72,13 @@ def test_themes__have_contrast_and_differ():
         return float(linear @ [0.2126, 0.7152, 0.0722])
 
     for name, page in (("light", "#ffffff"), ("dark", "#16181d")):
-        theme = figures.THEMES[name]
+        theme = THEMES[name]
         colors = [*theme["axes.prop_cycle"].by_key()["color"], theme["text.color"]]
         for color in colors:
             high, low = sorted((luminance(color), luminance(page)), reverse=True)
             assert (high + 0.05) / (low + 0.05) > 3, (name, color)
     values = {"train": np.arange(20.0), "val": np.arange(5.0)}
-    drawn = figures.themed(lambda: figures.likelihood_figure(values, 3.0))
+    drawn = themed(lambda: figures.likelihood_figure(values, 3.0))
     assert drawn["light"] != drawn["dark"]
     assert all(svg.lstrip().startswith(b"<?xml") for svg in drawn.values())
-    assert drawn == figures.themed(lambda: figures.likelihood_figure(values, 3.0))
+    assert drawn == themed(lambda: figures.likelihood_figure(values, 3.0))

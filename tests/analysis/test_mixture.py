@@ -11,16 +11,16 @@ from scipy import stats
 from scipy.special import logsumexp
 from torch.nn import functional as F
 
-from dinovmf_plugin.analysis.mixture import (
+from dinovmf_plugin.core.centering import LogitCentering
+from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.mixture.model import (
     VMFMixture,
     center_log_weights,
     log_uniform_density,
     prototype_mixture,
     typicality,
 )
-from dinovmf_plugin.analysis.sampling import sample_mixture, sample_vmf
-from dinovmf_plugin.centering import LogitCentering
-from dinovmf_plugin.prototypes import Prototypes
+from dinovmf_plugin.mixture.sampling import sample_mixture, sample_vmf
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from dinovmf_plugin.analysis import monitors
-from dinovmf_plugin.analysis.alarms import CollapseWatch, void_set_alarm
-from dinovmf_plugin.analysis.callback import MixtureMonitor
-from dinovmf_plugin.centering import make_centering
-from dinovmf_plugin.methods.records import StepRecord
-from dinovmf_plugin.prototypes import Prototypes
+from dinovmf_plugin.core.centering import make_centering
+from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.mixture import statistics as monitors
+from dinovmf_plugin.training.alarms import CollapseWatch, void_set_alarm
+from dinovmf_plugin.training.monitor import MixtureMonitor
+from dinovmf_plugin.training.records import StepRecord
 
 K, DIM = 64, 8
 

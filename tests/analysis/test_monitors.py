@@ -18,11 +18,11 @@ from scipy import stats
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from dinovmf_plugin.analysis.alarms import CollapseWarning
-from dinovmf_plugin.analysis.callback import MixtureMonitor
-from dinovmf_plugin.centering import make_centering
-from dinovmf_plugin.methods.records import StepRecord
-from dinovmf_plugin.prototypes import Prototypes
+from dinovmf_plugin.core.centering import make_centering
+from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.training.alarms import CollapseWarning
+from dinovmf_plugin.training.monitor import MixtureMonitor
+from dinovmf_plugin.training.records import StepRecord
 
 K, DIM, BATCH, VIEWS = 64, 8, 6, 4
 
@@ -265,9 +265,9 @@ import json, sys
 from types import SimpleNamespace
 import torch
 import torch.distributed as dist
-from dinovmf_plugin.analysis.callback import MixtureMonitor
-from dinovmf_plugin.methods.records import StepRecord
-from dinovmf_plugin.prototypes import Prototypes
+from dinovmf_plugin.training.monitor import MixtureMonitor
+from dinovmf_plugin.training.records import StepRecord
+from dinovmf_plugin.core.prototypes import Prototypes
 
 
 def watch(rank, world):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dinovmf_plugin.analysis.precision import accuracy_by_percentile, precision_trend
+from dinovmf_plugin.mixture.precision import accuracy_by_percentile, precision_trend
 
 
 def test_groups__equal_a_slow_reference():

@@ -8,7 +8,7 @@ import torch
 from scipy.sparse import csgraph
 from torch.nn import functional as F
 
-from dinovmf_plugin.analysis.utilization import (
+from dinovmf_plugin.mixture.utilization import (
     component_groups,
     duplicate_groups,
     utilization,

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from dinovmf_plugin.checkpoints import load_head
-from dinovmf_plugin.vmf import exact_log_normalizer
+from dinovmf_plugin.core.vmf import exact_log_normalizer
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -6,7 +6,7 @@ from timm.models import VisionTransformer
 
 from dinovmf_plugin.checkpoints import initialize_from, load_backbone, load_head
 from dinovmf_plugin.checkpoints.transfer import import_weights
-from dinovmf_plugin.heads import DINOHead
+from dinovmf_plugin.core.heads import DINOHead
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

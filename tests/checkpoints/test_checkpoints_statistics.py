@@ -2,7 +2,7 @@
 
 import pytest
 
-from dinovmf_plugin.checkpoints.statistics import IMAGENET, channel_statistics
+from dinovmf_plugin.data.channels import IMAGENET, channel_statistics
 from dinovmf_plugin.data.recipe import parse_recipe
 
 PIPELINE = {

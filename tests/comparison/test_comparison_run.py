@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from dinovmf_plugin.comparison import run as run_module
-from dinovmf_plugin.comparison.candidates import Candidate
-from dinovmf_plugin.comparison.curve import read_curve
 from dinovmf_plugin.comparison.run import run_one
 from dinovmf_plugin.comparison.settings import RunSettings
+from dinovmf_plugin.recipes import Candidate
+from dinovmf_plugin.training.curve import read_curve
 
 VMF = Candidate("dino_multicrop", settings={"normalization": "vmf", "centering": "probability"})
 

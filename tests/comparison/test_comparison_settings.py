@@ -12,11 +12,11 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.comparison.candidates import Candidate, compose_recipe
 from dinovmf_plugin.comparison.collect import collect
 from dinovmf_plugin.comparison.devices import lease_gpu
 from dinovmf_plugin.comparison.settings import RunSettings
 from dinovmf_plugin.comparison.sweep import ComparisonCallback, planned_runs, register_resolver
+from dinovmf_plugin.recipes import Candidate, compose_recipe
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as F
 
-from dinovmf_plugin.data.color import color_matrices, hue_rotation
+from dinovmf_plugin.data.dali.color import color_matrices, hue_rotation
 from dinovmf_plugin.data.parameters import JITTER_ORDERS, CropParameters
 
 OPERATIONS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 pytest.importorskip("nvidia.dali", reason="needs nvidia-dali")
 
-from dinovmf_plugin.data.dali import DALIEvaluationLoader, DALILoader
+from dinovmf_plugin.data.dali.loaders import DALIEvaluationLoader, DALILoader
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import list_images
 from dinovmf_plugin.data.loaders import FolderSource, PretrainLoader
@@ -181,7 +181,7 @@ def test_color__the_gpu_formula_gives_the_cpu_pixels(picture: Any) -> None:
     """The offset is an argument on the CPU and an addition on the GPU; both run here on the CPU."""
     from nvidia.dali import fn, pipeline_def
 
-    from dinovmf_plugin.data import dali_pipeline
+    from dinovmf_plugin.data.dali import pipeline as dali_pipeline
 
     rng = np.random.default_rng(0)
     pixels = [np.asarray(picture(seed, 20, 24)) for seed in range(3)]

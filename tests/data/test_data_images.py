@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.data.images import (
+from dinovmf_plugin.data.unreadable import (
     UnreadableImageError,
     find_unreadable,
     open_image,

@@ -248,7 +248,7 @@ def test_neither_solo_nor_lightning_is_imported() -> None:
 
 
 def test_missing_dali_is_said(data_cfg: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "dinovmf_plugin.data.dali_pipeline", None)
-    monkeypatch.delitem(sys.modules, "dinovmf_plugin.data.dali", raising=False)
+    monkeypatch.setitem(sys.modules, "dinovmf_plugin.data.dali.pipeline", None)
+    monkeypatch.delitem(sys.modules, "dinovmf_plugin.data.dali.loaders", raising=False)
     with pytest.raises(ImportError, match="DALI is not installed: .* set data.format=image_folder"):
         pretrain_loader(data_cfg(data__format="dali"))

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from dinovmf_plugin import registry
 from dinovmf_plugin.demo import run
-from dinovmf_plugin.host.config import parse_cfg
+from dinovmf_plugin.training.config import parse_cfg
 
 
 def _demo(*overrides: str) -> Any:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dinovmf_plugin.evaluation import checks
-from dinovmf_plugin.evaluation.checks import check_features, first_non_finite_row
+from dinovmf_plugin.features import checks
+from dinovmf_plugin.features.checks import check_features, first_non_finite_row
 
 
 @pytest.mark.parametrize("rows", [2, 100])

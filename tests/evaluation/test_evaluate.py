@@ -12,11 +12,11 @@ from PIL import Image
 from timm.models import VisionTransformer
 from torchvision import transforms
 
-from dinovmf_plugin.evaluation.features import backbone_features
-from dinovmf_plugin.evaluation.few_shot import few_shot_accuracy
-from dinovmf_plugin.evaluation.knn import knn_accuracy
+from dinovmf_plugin.evaluation.logistic.few_shot import few_shot_accuracy
+from dinovmf_plugin.evaluation.logistic.transfer import cross_validated_accuracy
 from dinovmf_plugin.evaluation.runner import evaluate, evaluate_one
-from dinovmf_plugin.evaluation.transfer import cross_validated_accuracy
+from dinovmf_plugin.features.extraction import backbone_features
+from dinovmf_plugin.features.knn import knn_accuracy
 
 SMALL = [
     f"{name}.{key}=24" for name in ("knn", "linear", "few_shot") for key in ("resize", "crop_size")
@@ -208,7 +208,7 @@ def test_linear_with_augmentation_passes_every_image_once_per_epoch(
         seen.append((images.clone(), [str(spec) for spec in specs]))
         return backbone_features(model, images, specs)
 
-    monkeypatch.setattr("dinovmf_plugin.evaluation.linear_run.backbone_features", spy)
+    monkeypatch.setattr("dinovmf_plugin.evaluation.linear.task.backbone_features", spy)
     small = ["linear.resize=24", "linear.crop_size=24", "linear.epochs=2", "linear.batch_size=32"]
     config = compose("linear", *run_overrides, *small, "linear.lrs=[0.001,0.01,0.1]")
     result = evaluate_one(config, "linear")

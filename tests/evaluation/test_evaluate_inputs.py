@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from dinovmf_plugin.data.loaders import leave_signals_to_the_parent
-from dinovmf_plugin.evaluation.backbone import load_evaluated, method_label, untrained_like
-from dinovmf_plugin.evaluation.images import image_folder, loader_for
-from dinovmf_plugin.evaluation.paper import PAPER, paper_rows
 from dinovmf_plugin.evaluation.runner import evaluate_one, keep_previous
+from dinovmf_plugin.features.images import image_folder, loader_for
+from dinovmf_plugin.features.network import load_evaluated, method_label, untrained_like
+from dinovmf_plugin.report.paper import PAPER, paper_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +103,7 @@ def test_dali_reads_the_same_images(folders):
 
 
 def test_dali_decodes_on_the_device_of_the_network(folders, monkeypatch):
-    dali = pytest.importorskip("dinovmf_plugin.data.dali", exc_type=ImportError)
+    dali = pytest.importorskip("dinovmf_plugin.data.dali.loaders", exc_type=ImportError)
     seen = []
     monkeypatch.setattr(dali, "DALIEvaluationLoader", lambda *_, **kwargs: seen.append(kwargs))
     images = image_folder(str(folders[1]), "data.val_path")
@@ -128,7 +128,7 @@ def test_workers_of_the_linear_probes_start_as_the_others(compose, run_overrides
         seen.update(kwargs, dataset=pickle.loads(pickle.dumps(dataset)))  # noqa: S301
         raise Stop
 
-    where = "dinovmf_plugin.evaluation.linear_run."
+    where = "dinovmf_plugin.evaluation.linear.task."
     monkeypatch.setattr(f"{where}worker_start_method", lambda n: f"started for {n}")
     monkeypatch.setattr(f"{where}DataLoader", spy)
     monkeypatch.setattr("dinovmf_plugin.evaluation.workbench.Workbench.features", lambda *_: None)

@@ -55,7 +55,7 @@ def test_two_processes_give_the_same_as_one(ddp, compose, run_overrides, tmp_pat
 def _finetune_on_a_rank(rank, config):
     from unittest import mock
 
-    from dinovmf_plugin.evaluation import finetune_run
+    from dinovmf_plugin.evaluation.finetuning import run as finetune_run
 
     tuners = []
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dinovmf_plugin.evaluation.feature_cache import FeatureKey, load_feature_file, save_feature_file
+from dinovmf_plugin.features.cache import FeatureKey, load_feature_file, save_feature_file
 
 KEY = FeatureKey("sha256 abc teacher", "listing", "resize 256", "CLS, after the final norm")
 

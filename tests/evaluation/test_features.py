@@ -3,7 +3,7 @@ import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from dinovmf_plugin.evaluation.features import (
+from dinovmf_plugin.features.extraction import (
     FeatureSpec,
     PixelFeatures,
     backbone_features,

@@ -2,19 +2,19 @@ import numpy as np
 import pytest
 from scipy import optimize, special
 
-from dinovmf_plugin.evaluation.few_shot import (
+from dinovmf_plugin.evaluation.logistic.few_shot import (
     center_and_normalize,
     few_shot_accuracy,
     few_shot_over_splits,
 )
-from dinovmf_plugin.evaluation.few_shot_splits import (
+from dinovmf_plugin.evaluation.logistic.regression import multinomial_regression
+from dinovmf_plugin.evaluation.logistic.splits import (
     draw_fraction,
     draw_per_class,
     draw_splits,
     match_listed,
     msn_split_files,
 )
-from dinovmf_plugin.evaluation.logistic import multinomial_regression
 
 
 def _data(rows, classes, seed, dim=8):

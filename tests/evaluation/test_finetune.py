@@ -7,12 +7,16 @@ import torch
 from PIL import Image
 from timm.models import VisionTransformer
 
+from dinovmf_plugin.core.distributed import Processes
 from dinovmf_plugin.data.loaders import leave_signals_to_the_parent
-from dinovmf_plugin.evaluation.finetune import FineTuner, build_classifier, training_loader
-from dinovmf_plugin.evaluation.finetune_run import classification_scores, finetune
-from dinovmf_plugin.evaluation.finetune_settings import FinetuneSettings
-from dinovmf_plugin.evaluation.images import image_folder
-from dinovmf_plugin.evaluation.processes import Processes
+from dinovmf_plugin.evaluation.finetuning.run import classification_scores, finetune
+from dinovmf_plugin.evaluation.finetuning.settings import FinetuneSettings
+from dinovmf_plugin.evaluation.finetuning.trainer import (
+    FineTuner,
+    build_classifier,
+    training_loader,
+)
+from dinovmf_plugin.features.images import image_folder
 
 CPU = torch.device("cpu")
 
@@ -126,7 +130,7 @@ def test_mixing_clipping_and_ema_reach_the_update(vit_file, monkeypatch):
         seen.append((targets.detach().clone(), label_smoothing))
         return torch.nn.functional.log_softmax(logits, 1).mul(-1).mean()
 
-    monkeypatch.setattr("dinovmf_plugin.evaluation.finetune.F.cross_entropy", spy)
+    monkeypatch.setattr("dinovmf_plugin.evaluation.finetuning.trainer.F.cross_entropy", spy)
     settings = _settings(ema_decay=0.5, clip_grad=1e-9, weight_decay=0.0, layer_decay=None)
     tuner = _tuner(vit_file, settings)
 
@@ -189,7 +193,8 @@ def test_an_epoch_without_a_batch_is_refused(make_folder):
 def test_workers_start_as_those_of_the_evaluations(folders, monkeypatch):
     """Not by forking beside DALI's threads; and they leave signals to the parent."""
     monkeypatch.setattr(
-        "dinovmf_plugin.evaluation.finetune.worker_start_method", lambda n: "spawn" if n else None
+        "dinovmf_plugin.evaluation.finetuning.trainer.worker_start_method",
+        lambda n: "spawn" if n else None,
     )
     images = image_folder(str(folders[0]), "data.train_path")
     loader = training_loader(images, _settings(), Processes(), 2, seed=0)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinovmf_plugin.evaluation.knn import knn_accuracy
+from dinovmf_plugin.features.knn import knn_accuracy
 
 
 def _clusters(rows, classes, seed, dim=12, spread=1.2):

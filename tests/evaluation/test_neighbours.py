@@ -4,7 +4,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from dinovmf_plugin.benchmarks.harness import peak_growth
-from dinovmf_plugin.evaluation.neighbours import nearest_neighbours
+from dinovmf_plugin.features.neighbors import nearest_neighbours
 
 
 def _plain(bank, queries, k):

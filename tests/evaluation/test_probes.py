@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from dinovmf_plugin.evaluation.linear import (
+from dinovmf_plugin.evaluation.linear.probes import ProbeBank, train_probes
+from dinovmf_plugin.evaluation.linear.scores import (
     holdout_rows,
     linear_accuracy,
     scaled_lrs,
     summarize_probes,
 )
-from dinovmf_plugin.evaluation.probes import ProbeBank, train_probes
 
 LRS = [0.01, 0.3, 5.0]
 EPOCHS = 4

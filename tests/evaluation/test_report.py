@@ -2,8 +2,8 @@
 
 import pytest
 
-from dinovmf_plugin.evaluation.paper import TABLE_5
-from dinovmf_plugin.evaluation.report import evaluation_page, text_table
+from dinovmf_plugin.evaluation.page import evaluation_page, text_table
+from dinovmf_plugin.report.paper import TABLE_5
 
 
 def _html(evaluation, result, architecture="vit_base/16"):

@@ -12,7 +12,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from dinovmf_plugin.evaluation.safe_pickle import load_plain_pickle
+from dinovmf_plugin.data.safe_pickle import load_plain_pickle
 
 ARRAYS = [
     np.arange(6),

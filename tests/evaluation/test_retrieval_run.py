@@ -17,12 +17,12 @@ from PIL import Image
 from timm.models import VisionTransformer
 from torch.nn import functional as F
 
-from dinovmf_plugin.evaluation import descriptors
-from dinovmf_plugin.evaluation.descriptors import DINO_SCALES, global_descriptor
-from dinovmf_plugin.evaluation.retrieval import rank_database, revisited_scores
-from dinovmf_plugin.evaluation.retrieval_data import load_retrieval_set, read_image
-from dinovmf_plugin.evaluation.retrieval_page import format_scores
-from dinovmf_plugin.evaluation.retrieval_run import RetrievalSettings, evaluate_retrieval
+from dinovmf_plugin.evaluation.retrieval import descriptors
+from dinovmf_plugin.evaluation.retrieval.dataset import load_retrieval_set, read_image
+from dinovmf_plugin.evaluation.retrieval.descriptors import DINO_SCALES, global_descriptor
+from dinovmf_plugin.evaluation.retrieval.page import format_scores
+from dinovmf_plugin.evaluation.retrieval.run import RetrievalSettings, evaluate_retrieval
+from dinovmf_plugin.evaluation.retrieval.scores import rank_database, revisited_scores
 
 SIDE = 32
 PLACES = ("abbey", "bridge", "castle")

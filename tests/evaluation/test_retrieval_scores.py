@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from dinovmf_plugin.evaluation.retrieval import (
+from dinovmf_plugin.evaluation.retrieval.scores import (
     average_precision,
     mean_average_precision,
     precision_at,

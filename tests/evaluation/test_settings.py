@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from dinovmf_plugin.evaluation.finetune_settings import FinetuneSettings
-from dinovmf_plugin.evaluation.retrieval_run import RetrievalSettings
+from dinovmf_plugin.evaluation.finetuning.settings import FinetuneSettings
+from dinovmf_plugin.evaluation.retrieval.run import RetrievalSettings
 from dinovmf_plugin.evaluation.settings import EVALUATIONS, EvaluationSettings
-from dinovmf_plugin.evaluation.video_run import VideoSettings
+from dinovmf_plugin.evaluation.video.run import VideoSettings
 
 
 def _plain(value):

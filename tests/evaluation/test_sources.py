@@ -7,10 +7,10 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
-from dinovmf_plugin.evaluation.backbone import load_evaluated
-from dinovmf_plugin.evaluation.feature_cache import load_feature_file
-from dinovmf_plugin.evaluation.finetune import build_classifier
+from dinovmf_plugin.evaluation.finetuning.trainer import build_classifier
 from dinovmf_plugin.evaluation.runner import evaluate_one
+from dinovmf_plugin.features.cache import load_feature_file
+from dinovmf_plugin.features.network import load_evaluated
 
 LAYOUTS = {
     # key of the network, prefix of its tensors

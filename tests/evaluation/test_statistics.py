@@ -11,11 +11,14 @@ from timm.models import VisionTransformer
 from torchvision import transforms
 
 from dinovmf_plugin.data.recipe import IMAGENET_MEAN
-from dinovmf_plugin.evaluation import finetune_run, linear_run, retrieval_run, video_run
-from dinovmf_plugin.evaluation.feature_cache import load_feature_file
-from dinovmf_plugin.evaluation.finetune_run import finetune
+from dinovmf_plugin.evaluation.finetuning import run as finetune_run
+from dinovmf_plugin.evaluation.finetuning.run import finetune
+from dinovmf_plugin.evaluation.linear import task as linear_run
+from dinovmf_plugin.evaluation.retrieval import run as retrieval_run
 from dinovmf_plugin.evaluation.runner import evaluate, evaluate_one
-from dinovmf_plugin.evaluation.synthetic_video import write_moving_objects
+from dinovmf_plugin.evaluation.video import run as video_run
+from dinovmf_plugin.features.cache import load_feature_file
+from tests.evaluation.synthetic_video import write_moving_objects
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
 KNN = ["knn.resize=24", "knn.crop_size=24", "knn.ks=[3]"]

@@ -4,7 +4,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from threadpoolctl import threadpool_limits
 
-from dinovmf_plugin.evaluation.transfer import WEIGHT_DECAYS, cross_validated_accuracy
+from dinovmf_plugin.evaluation.logistic.transfer import WEIGHT_DECAYS, cross_validated_accuracy
 
 
 def _data(rows, classes, seed, dim=12, noise=2.0):
@@ -67,7 +67,7 @@ def test_folds_in_parallel_give_the_same():
 
 
 def test_folds_share_the_threads_that_blas_may_use(monkeypatch):
-    from dinovmf_plugin.evaluation import transfer
+    from dinovmf_plugin.evaluation.logistic import transfer
 
     seen = []
 
@@ -103,7 +103,7 @@ def test_warm_starts_save_iterations_and_change_nothing(monkeypatch):
             iterations.append(int(self.n_iter_[0]))
             return self
 
-    monkeypatch.setattr("dinovmf_plugin.evaluation.logistic.LogisticRegression", Counted)
+    monkeypatch.setattr("dinovmf_plugin.evaluation.logistic.regression.LogisticRegression", Counted)
     inputs = (*_data(120, 4, 1), *_data(80, 4, 2))
     settings = {"weight_decays": np.logspace(-1, 3, 17).tolist(), "tol": 1e-6, "max_iter": 5000}
     warm = cross_validated_accuracy(*inputs, **settings)

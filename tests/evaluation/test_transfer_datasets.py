@@ -8,13 +8,13 @@ import scipy.io
 from PIL import Image
 from torchvision import datasets
 
-from dinovmf_plugin.evaluation.paper import TABLE_5
-from dinovmf_plugin.evaluation.runner import evaluate_one
-from dinovmf_plugin.evaluation.runs import transfer_averages
-from dinovmf_plugin.evaluation.transfer_datasets import (
+from dinovmf_plugin.evaluation.logistic.datasets import (
     caltech101_train_rows,
     load_transfer_dataset,
 )
+from dinovmf_plugin.evaluation.protocols import transfer_averages
+from dinovmf_plugin.evaluation.runner import evaluate_one
+from dinovmf_plugin.report.paper import TABLE_5
 
 
 def _picture(path, value):

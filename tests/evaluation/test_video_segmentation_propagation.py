@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dinovmf_plugin.evaluation import label_propagation
-from dinovmf_plugin.evaluation.label_propagation import (
+from dinovmf_plugin.evaluation.video import propagation as label_propagation
+from dinovmf_plugin.evaluation.video.propagation import (
     labels_from_soft_map,
     one_hot_labels,
     propagate,

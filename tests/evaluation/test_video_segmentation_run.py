@@ -17,12 +17,13 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageSequence
 from timm.models import VisionTransformer
 
-from dinovmf_plugin.evaluation import davis, video_run
-from dinovmf_plugin.evaluation.synthetic_video import write_moving_objects
-from dinovmf_plugin.evaluation.video_figures import save_animation
-from dinovmf_plugin.evaluation.video_report import format_table
-from dinovmf_plugin.evaluation.video_run import VideoSettings, evaluate_video_segmentation
-from dinovmf_plugin.evaluation.video_segmentation import score_sequence, summarize_objects
+from dinovmf_plugin.evaluation.video import davis
+from dinovmf_plugin.evaluation.video import run as video_run
+from dinovmf_plugin.evaluation.video.figures import save_animation
+from dinovmf_plugin.evaluation.video.page import format_table
+from dinovmf_plugin.evaluation.video.run import VideoSettings, evaluate_video_segmentation
+from dinovmf_plugin.evaluation.video.scores import score_sequence, summarize_objects
+from tests.evaluation.synthetic_video import write_moving_objects
 
 SIZE = (64, 130)
 FRAMES = 7

@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 from skimage import morphology
 
-from dinovmf_plugin.evaluation.video_segmentation import (
+from dinovmf_plugin.evaluation.video.scores import (
     contour_accuracy,
     mask_contour,
     mean_recall_decay,

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from dinovmf_plugin import host
-from dinovmf_plugin.host.checkpointer import (
+from dinovmf_plugin.training.checkpointer import (
     Checkpointer,
     choose_folder,
     find_checkpoint,

@@ -61,7 +61,8 @@ def test_package_import__imports_neither_torch_nor_solo():
 def test_layers__functional_cores_import_neither_host_nor_lightning():
     code = (
         "import sys\n"
-        "from dinovmf_plugin import backbones, centering, heads, losses, prototypes, schedules, vmf\n"
+        "from dinovmf_plugin import losses, mixture, report\n"
+        "from dinovmf_plugin.core import centering, heads, prototypes, schedules, vit, vmf\n"
         "print([m for m in ('solo', 'lightning', 'pytorch_lightning') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

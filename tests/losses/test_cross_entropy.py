@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses import cross_entropy as module
 from dinovmf_plugin.losses import prototype_cross_entropy
 from dinovmf_plugin.losses.plan import Plan, choose_plan
-from dinovmf_plugin.prototypes import Prototypes
 
 NAMES = ("embeddings", "weight", "factor", "bias")
 

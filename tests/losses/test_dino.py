@@ -13,10 +13,10 @@ from lightly.models.modules.heads import DINOProjectionHead
 from scipy import special
 from torch.nn import functional as F
 
-from dinovmf_plugin.centering import Centering, make_centering
-from dinovmf_plugin.heads import DINOHead
+from dinovmf_plugin.core.centering import Centering, make_centering
+from dinovmf_plugin.core.heads import DINOHead
+from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.dino import dino_loss, view_pairs
-from dinovmf_plugin.prototypes import Prototypes
 
 TAU_S, TAU_T = 0.1, 0.05
 

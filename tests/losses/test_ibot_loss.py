@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dinovmf_plugin.centering import CENTERINGS, make_centering
+from dinovmf_plugin.core.centering import CENTERINGS, make_centering
+from dinovmf_plugin.core.prototypes import NORMALIZATIONS, Prototypes
 from dinovmf_plugin.losses import ibot
 from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_patch_center
-from dinovmf_plugin.prototypes import NORMALIZATIONS, Prototypes
 
 TAU_S, TAU_T, DIM, K, IMAGES, PATCHES = 0.1, 0.05, 16, 24, 4, 9
 CELLS = list(itertools.product(NORMALIZATIONS, CENTERINGS))

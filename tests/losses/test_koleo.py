@@ -8,8 +8,8 @@ import torch
 from scipy.spatial import cKDTree
 from torch.nn import functional as F
 
-from dinovmf_plugin.analysis.utilization import duplicate_groups
 from dinovmf_plugin.losses.koleo import koleo_loss
+from dinovmf_plugin.mixture.utilization import duplicate_groups
 
 
 def test_koleo__equals_scipy_neighbours():

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinovmf_plugin.centering import CENTERINGS, make_centering
+from dinovmf_plugin.core.centering import CENTERINGS, make_centering
+from dinovmf_plugin.core.prototypes import NORMALIZATIONS, Prototypes
 from dinovmf_plugin.losses.msn import mean_entropy_gap, msn_loss, msn_targets
-from dinovmf_plugin.prototypes import NORMALIZATIONS, Prototypes
 
 TAU, SHARPEN, DIM, K, VIEWS, IMAGES = 0.1, 0.25, 16, 24, 3, 4
 CELLS = list(itertools.product(NORMALIZATIONS, CENTERINGS))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dinovmf_plugin.analysis.callback import MixtureMonitor
-from dinovmf_plugin.host.checkpointer import Checkpointer
+from dinovmf_plugin.training.checkpointer import Checkpointer
+from dinovmf_plugin.training.monitor import MixtureMonitor
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])

@@ -29,8 +29,8 @@ def _losses(method: str, data_format: str, pictures: Path, fit: Any) -> list[flo
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
 
-    from dinovmf_plugin.host.config import parse_cfg
     from dinovmf_plugin.pretraining import PretrainDataModule, build_method
+    from dinovmf_plugin.training.config import parse_cfg
 
     overrides = [f"method={method}", f"data.train_path={pictures / 'train'}"]
     with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):

@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from dinovmf_plugin import backbones
+from dinovmf_plugin.core import vit as backbones
+from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.core.vmf import log_normalizer
 from dinovmf_plugin.methods.base import forward_by_size
 from dinovmf_plugin.methods.dino import DINOMultiCrop, DINOvMF
-from dinovmf_plugin.prototypes import Prototypes
-from dinovmf_plugin.vmf import log_normalizer
 
 CELLS = [(n, c) for n in ("none", "l2", "vmf") for c in ("logit", "probability", "sinkhorn")]
 

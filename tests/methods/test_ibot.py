@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinovmf_plugin import backbones
+from dinovmf_plugin.core import vit as backbones
 from dinovmf_plugin.methods.dino import DINOMultiCrop
 from dinovmf_plugin.methods.ibot import IBOT, IBOTvMF
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinovmf_plugin import backbones
+from dinovmf_plugin.core import vit as backbones
 
 
 @pytest.mark.parametrize("name", ["vit_tiny", "vit_small"])

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinovmf_plugin import backbones
-from dinovmf_plugin.heads import ProjectionHead
+from dinovmf_plugin.core import vit as backbones
+from dinovmf_plugin.core.heads import ProjectionHead
 from dinovmf_plugin.methods.msn import MSN, MSNvMF
 
 TAU_S, TAU_T = 0.1, 0.025
@@ -243,8 +243,8 @@ def test_heads__use_batch_statistics_in_training_only(msn_cfg, crop_loader, buil
 def test_batch_norm__of_both_heads_is_synchronised_by_the_recipes(build, tmp_path):
     from hydra import compose, initialize_config_module
 
-    from dinovmf_plugin.host.config import parse_cfg
     from dinovmf_plugin.pretraining import build_trainer
+    from dinovmf_plugin.training.config import parse_cfg
 
     (tmp_path / "class").mkdir()
     overrides = [f"data.train_path={tmp_path}", f"+checkpoint.folder={tmp_path}", "strategy=ddp"]

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from dinovmf_plugin.methods import optimization
+from dinovmf_plugin.training import optimization
 
 EPOCHS, STEPS = 4, 3
 

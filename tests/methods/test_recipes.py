@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from dinovmf_plugin.host.config import parse_cfg
+from dinovmf_plugin.training.config import parse_cfg
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FOLDERS = ("imagenet", "imagenet100", "custom")

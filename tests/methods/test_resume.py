@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
-from dinovmf_plugin.host.checkpointer import find_checkpoint, is_whole
 from dinovmf_plugin.methods.base import NonFiniteLossError
+from dinovmf_plugin.training.checkpointer import find_checkpoint, is_whole
 
 
 class PowerLoss(Exception):

@@ -26,7 +26,7 @@ _SERVER = """
 import json, os, sys
 import lightning.pytorch, hydra
 from dinovmf_plugin import host, pretraining, registry
-from dinovmf_plugin.analysis import callback
+from dinovmf_plugin.training import monitor as callback
 from dinovmf_plugin.methods import dino, ibot, msn
 from dinovmf_plugin.scripts import main_pretrain
 for line in sys.stdin:

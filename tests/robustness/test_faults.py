@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from dinovmf_plugin.host.checkpointer import is_whole
+from dinovmf_plugin.training.checkpointer import is_whole
 
 # from the third checkpoint on no file may become larger than 100 kB
 FILE_TOO_LARGE = """
 import resource, signal
-from dinovmf_plugin.host.checkpointer import Checkpointer
+from dinovmf_plugin.training.checkpointer import Checkpointer
 tidy = Checkpointer._tidy
 def limit(self, newest):
     tidy(self, newest)

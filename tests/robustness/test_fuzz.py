@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
-from dinovmf_plugin.cli import is_expected
 from dinovmf_plugin.pretraining import pretrain
+from dinovmf_plugin.runs.cli import is_expected
 
 METHODS = ["dino_multicrop", "dino_vmf", "ibot", "ibot_vmf", "msn", "msn_vmf"]
 

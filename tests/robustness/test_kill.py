@@ -89,7 +89,7 @@ os.fsync = slow
 """,
     "between rename and tidying": """
 import time
-from dinovmf_plugin.host.checkpointer import Checkpointer
+from dinovmf_plugin.training.checkpointer import Checkpointer
 tidy, calls = Checkpointer._tidy, []
 def slow(self, newest):
     calls.append(newest)

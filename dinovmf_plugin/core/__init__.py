@@ -1,0 +1,1 @@
+"""The paper's mathematics: normalizer, prototypes, centering, heads, masks, schedules; knows no framework."""

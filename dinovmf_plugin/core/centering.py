@@ -1,0 +1,303 @@
+"""From the teacher's scores to the student's targets: logit, probability and Sinkhorn centring.
+
+Everything works on raw scores ``s = <w, y>`` ``(rows, K)``, a temperature ``tau`` and, for vMF
+prototypes, the log-normaliser ``D(||w|| / tau)`` ``(K,)``. State is one float32 buffer ``center``
+``(1, K)``, saved in checkpoints and equal on every rank: the means are exact over all ranks, even
+when these hold different numbers of rows. Targets use the centre *before* the step's update, as the
+official code does; with gradient accumulation every micro-batch updates it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dinovmf_plugin.core import distributed
+
+__all__ = [
+    "CENTERINGS",
+    "Centering",
+    "CenteringName",
+    "LogitCentering",
+    "ProbabilityCentering",
+    "SinkhornCentering",
+    "log_mean_probability",
+    "make_centering",
+    "sinkhorn",
+]
+
+CenteringName = Literal["logit", "probability", "sinkhorn"]
+CENTERINGS: tuple[str, ...] = get_args(CenteringName)
+
+
+def log_mean_probability(logits: Tensor | Iterable[Tensor]) -> Tensor:
+    """``log mean_b softmax(l_b)`` over the rows of all ranks, ``(1, K)`` in float32.
+
+    The arithmetic mean of the probabilities, formed in the log domain (log-softmax, then
+    log-sum-exp over rows, then over ranks): finite for finite logits, where averaging float32
+    probabilities underflows to ``log 0 = -inf`` once logits spread over about 100 nats.
+
+    Args:
+        logits: ``(rows, K)``, or chunks of such rows; the number of rows may differ between ranks and
+            be 0 on some.
+
+    Example:
+        >>> wide = torch.tensor([[0.0, 200.0], [0.0, 300.0]])
+        >>> log_mean_probability(wide).tolist()
+        [[-200.69314575195312, 0.0]]
+        >>> log_mean_probability(wide.split(1)).tolist()
+        [[-200.69314575195312, 0.0]]
+    """
+    parts, rows = [], 0
+    for chunk in [logits] if isinstance(logits, Tensor) else logits:
+        parts.append(_log_sum_probability(chunk))
+        rows += len(chunk)
+        del chunk  # before the next one is made
+    return distributed.logsumexp_over_ranks(torch.cat(parts)) - math.log(distributed.total(rows))
+
+
+def _log_sum_probability(logits: Tensor) -> Tensor:
+    """``log sum_b softmax(l_b)`` over these rows, ``(1, K)``; ``(0, K)`` without rows."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    return log_p.logsumexp(dim=0, keepdim=True) if len(log_p) else log_p
+
+
+class Centering(nn.Module):
+    """Base of the three: a centre, its EMA momentum, and the two steps every subclass defines.
+
+    Args:
+        num_prototypes: ``K``.
+        momentum: EMA coefficient ``m`` of the centre in [0, 1) (DINO: 0.9).
+
+    Attributes:
+        linear: whether a batch's centre is a linear function of its mean scores, so that one row, the
+            mean, may stand for all of them in ``update``.
+        row_wise: whether a row's targets depend on no other row, so that they may be made in chunks.
+
+    Raises:
+        ValueError: if the momentum lies outside [0, 1).
+    """
+
+    center: Tensor
+    linear: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = True
+
+    def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"center_momentum={momentum} must lie in [0, 1); DINO uses 0.9")
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(1, num_prototypes))
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # `module.bfloat16()` and Lightning's bf16-true would round an EMA of 8 significant bits to
+        # a standstill: the centre follows the device and stays float32.
+        exact = self.center
+        super()._apply(fn, recurse)
+        if self.center.dtype != torch.float32:
+            self.center = exact.to(device=self.center.device, dtype=torch.float32)
+        return self
+
+    @torch.no_grad()
+    def forward(
+        self, scores: Tensor, temperature: float, log_normalizer: Tensor | None = None
+    ) -> Tensor:
+        """Targets ``(rows, K)``: float32 probabilities without gradient."""
+        with torch.autocast(scores.device.type, enabled=False):
+            return self._targets(scores.float(), temperature, log_normalizer)
+
+    @torch.no_grad()
+    def update(
+        self,
+        scores: Tensor | Iterable[Tensor],
+        temperature: float,
+        log_normalizer: Tensor | None = None,
+    ) -> None:
+        """Move the centre towards this batch: ``c <- m c + (1 - m) batch_center``.
+
+        Args:
+            scores: ``(rows, K)``; or chunks of rows, made one after the other, where all of them
+                together would not fit (iBOT's patches).
+            temperature: the teacher's.
+            log_normalizer: ``(K,)`` at this temperature, for vMF prototypes.
+        """
+        chunks = [scores] if isinstance(scores, Tensor) else scores
+        batch = self._batch_center(chunks, temperature, log_normalizer)
+        self.center.lerp_(batch, 1 - self.momentum)
+
+    def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
+        raise TypeError(f"{type(self).__name__} defines no targets")
+
+    def _batch_center(
+        self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
+    ) -> Tensor:
+        raise TypeError(f"{type(self).__name__} defines no centre")
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(module)``."""
+        return f"num_prototypes={self.center.shape[-1]}, momentum={self.momentum}"
+
+
+def _logits(scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
+    logits = scores.float() / temperature
+    return logits if bias is None else logits.add_(bias)
+
+
+class LogitCentering(Centering):
+    """Centre in logit space (paper Eq. 8): ``c`` is an EMA of the batch mean of the scores.
+
+    Without a log-normaliser this is DINO: ``softmax((s - c) / tau)``, ``c`` in units of raw scores,
+    so that it keeps its meaning while the temperature warms up. With one, the scores of Eq. 8 are the
+    modified logits ``l = s / tau + D`` of section 3.4 and ``c`` is subtracted after the temperature.
+
+    Args:
+        num_prototypes: ``K``.
+        momentum: EMA coefficient.
+        raw_scores: centre the raw scores even when there is a log-normaliser, leaving ``D`` out of the
+            centre (the other reading of the paper's vMF + logit cell).
+
+    Example:
+        >>> centering = LogitCentering(4)
+        >>> scores = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+        >>> targets = centering(scores, temperature=0.5)
+        >>> centering.update(scores, temperature=0.5)
+        >>> centering.center
+        tensor([[0.1000, 0.0000, 0.0000, 0.0000]])
+    """
+
+    linear = True
+
+    def __init__(
+        self, num_prototypes: int, momentum: float = 0.9, raw_scores: bool = False
+    ) -> None:
+        super().__init__(num_prototypes, momentum)
+        self.raw_scores = raw_scores
+
+    def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
+        if bias is None or self.raw_scores:
+            # in place: fresh memory costs a CPU more than the arithmetic
+            logits = (scores - self.center).div_(temperature)
+            return (logits if bias is None else logits.add_(bias)).softmax(dim=-1)
+        return _logits(scores, temperature, bias).sub_(self.center).softmax(dim=-1)
+
+    def _batch_center(
+        self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
+    ) -> Tensor:
+        summed, rows = torch.zeros_like(self.center), 0
+        for scores in chunks:
+            summed += scores.sum(dim=0, dtype=torch.float32)
+            rows += len(scores)
+        mean = distributed.mean_over_rows(summed, rows)
+        if bias is None or self.raw_scores:
+            return mean
+        return _logits(mean, temperature, bias)
+
+
+class ProbabilityCentering(Centering):
+    """Centre in probability space (paper Eq. 9): an EMA of ``log mean_b softmax(l_b)``.
+
+    The softmax inside is *not* centred; the target is ``softmax(l - c)`` with ``c`` not divided by the
+    temperature (Eq. 7). ``-c`` estimates minus the log of each component's usage: "rich gets poorer".
+
+    Example:
+        >>> centering = ProbabilityCentering(2, momentum=0.0)
+        >>> scores = torch.zeros(3, 2)
+        >>> centering.update(scores, temperature=0.1)
+        >>> centering.center.exp()
+        tensor([[0.5000, 0.5000]])
+    """
+
+    def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
+        return _logits(scores, temperature, bias).sub_(self.center).softmax(dim=-1)
+
+    def _batch_center(
+        self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
+    ) -> Tensor:
+        # map, as a generator expression would hold on to a chunk's scores while its logits are used
+        make = functools.partial(_logits, temperature=temperature, bias=bias)
+        return log_mean_probability(map(make, chunks))
+
+
+def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
+    """Sinkhorn-Knopp assignment of the rows of all ranks to K equally used columns.
+
+    Alternates, ``iterations`` times, equal mass for every prototype and for every sample, in the log
+    domain; every row of the result sums to 1.
+
+    Args:
+        logits: ``(rows, K)``, already divided by the temperature.
+        iterations: 3 in SwAV, MSN and DINOv2.
+
+    Returns:
+        float32 probabilities ``(rows, K)``.
+
+    Example:
+        >>> targets = sinkhorn(torch.tensor([[2.0, 0.0], [2.0, 0.0]]))
+        >>> targets.tolist()
+        [[0.5, 0.5], [0.5, 0.5]]
+    """
+    log_q = logits.float()
+    for _ in range(iterations):
+        log_q = log_q - distributed.logsumexp_over_ranks(log_q)
+        log_q = log_q.log_softmax(dim=-1)
+    return log_q.exp()
+
+
+class SinkhornCentering(Centering):
+    """Targets by Sinkhorn-Knopp over the global batch: nothing to remember, so the centre stays 0.
+
+    Example:
+        >>> centering = SinkhornCentering(8)
+        >>> centering(torch.randn(4, 8), temperature=0.1).sum(dim=-1).round(decimals=4)
+        tensor([1., 1., 1., 1.])
+    """
+
+    row_wise = False
+
+    def __init__(self, num_prototypes: int, iterations: int = 3) -> None:
+        super().__init__(num_prototypes, momentum=0.0)
+        if iterations < 1:
+            raise ValueError(f"sinkhorn_iterations={iterations} must be at least 1; MSN uses 3")
+        self.iterations = iterations
+
+    def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
+        return sinkhorn(_logits(scores, temperature, bias), self.iterations)
+
+    def update(
+        self,
+        scores: Tensor | Iterable[Tensor],
+        temperature: float,
+        log_normalizer: Tensor | None = None,
+    ) -> None:
+        """Sinkhorn has no state between batches."""
+
+
+def make_centering(
+    name: CenteringName,
+    num_prototypes: int,
+    *,
+    momentum: float = 0.9,
+    raw_scores: bool = False,
+    iterations: int = 3,
+) -> Centering:
+    """Build the centring that a config names.
+
+    Raises:
+        ValueError: for an unknown name.
+
+    Example:
+        >>> make_centering("probability", 8)
+        ProbabilityCentering(num_prototypes=8, momentum=0.9)
+    """
+    if name == "logit":
+        return LogitCentering(num_prototypes, momentum, raw_scores)
+    if name == "probability":
+        return ProbabilityCentering(num_prototypes, momentum)
+    if name == "sinkhorn":
+        return SinkhornCentering(num_prototypes, iterations)
+    raise ValueError(f"centering={name!r} is unknown: choose one of {CENTERINGS}")

@@ -1,0 +1,1 @@
+"""The multi-crop recipe on NVIDIA DALI, on a GPU or the CPU."""

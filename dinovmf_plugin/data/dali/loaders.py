@@ -1,0 +1,235 @@
+"""Loaders on NVIDIA DALI, on the CPU or the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinovmf_plugin.data.dali.feed import (
+    EncodedReader,
+    Feed,
+    Indices,
+    Inputs,
+    center_inputs,
+    crop_inputs,
+)
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.data.folders import ImageFolder
+from dinovmf_plugin.data.recipe import Recipe
+from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
+from dinovmf_plugin.data.unreadable import UnreadableImageError, find_unreadable
+
+try:
+    from dinovmf_plugin.data.dali.pipeline import DEVICES, center_crop_pipeline, crop_pipeline
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise ImportError(
+        "DALI is not installed: `pip install nvidia-dali-cuda130` (or the dali extra of dinovmf-plugin), "
+        "or set data.format=image_folder"
+    ) from error
+
+
+def _resolve_device(device: str, device_id: int | None) -> tuple[int | None, torch.device]:
+    if device not in DEVICES:
+        raise ValueError(f"dali.device must be one of {DEVICES}, got {device!r}")
+    if device == "cpu":
+        return None, torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "dali.device=gpu needs a CUDA device and there is none: set dali.device=cpu"
+        )
+    index = torch.cuda.current_device() if device_id is None else device_id
+    return index, torch.device("cuda", index)
+
+
+class _Runner:
+    """Runs a pipeline epoch after epoch; names the file when an image cannot be decoded."""
+
+    def __init__(
+        self,
+        images: ImageFolder,
+        inputs: Callable[[Any, int], Inputs],
+        build: Callable[..., Any],
+        *,
+        batch_size: int,
+        device: str,
+        device_id: int | None,
+        num_threads: int,
+    ) -> None:
+        self.device_id, self.device = _resolve_device(device, device_id)
+        self.images = images
+        self._feed = Feed(inputs, EncodedReader(images, num_threads=num_threads))
+        self._running = False
+        self._pipeline = build(
+            self._feed,
+            device=device,
+            batch_size=batch_size,
+            num_threads=max(1, num_threads),
+            device_id=self.device_id,
+        )
+        self._pipeline.build()
+
+    def run(
+        self, order: Iterator[Indices], epoch: int
+    ) -> Iterator[tuple[Indices, list[torch.Tensor]]]:
+        """Yields indices and outputs of each batch."""
+        self._drain()
+        self._feed.start(order, epoch)
+        self._running = True
+        while True:
+            try:
+                outputs = self._outputs()
+            except StopIteration:
+                break
+            yield self._feed.in_flight.popleft(), outputs
+        self._finish()
+
+    def _outputs(self) -> list[torch.Tensor]:
+        stream = torch.cuda.current_stream(self.device) if self.device_id is not None else None
+        try:
+            outputs = self._pipeline.run(stream)
+        except RuntimeError as error:
+            self._running = False
+            raise self._named(error) from error
+        # No copy: the tensors keep DALI's buffers alive, and DALI writes each batch to new ones.
+        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+    def _named(self, error: RuntimeError) -> RuntimeError:
+        """The error, with the name of the file that caused it where there is one."""
+        if isinstance(error, UnreadableImageError):
+            return error
+        paths = [self.images.path(i) for indices in self._feed.in_flight for i in indices]
+        bad = find_unreadable(paths, check="full", progress=False)
+        if not bad:
+            return error
+        names = "; ".join(f"{paths[i]!r} ({problem})" for i, problem in list(bad.items())[:10])
+        return UnreadableImageError(
+            f"cannot read the image {names}: repair or remove it, or set data.skip_unreadable=True"
+        )
+
+    def _drain(self) -> None:
+        """Empties the pipeline after an epoch that was left early."""
+        if not self._running:
+            return
+        self._feed.stop()
+        while True:
+            try:
+                self._pipeline.run()
+            except StopIteration:
+                break
+        self._finish()
+
+    def _finish(self) -> None:
+        self._pipeline.reset()
+        self._running = False
+
+
+class DALILoader(ResumableLoader):
+    """Training batches of all crops, computed by DALI.
+
+    Yields ``[indexes (B,) int64, [crops (B, 3, size, size) float32, ...], targets (B,) int64]`` on
+    the loader's device. The order of the images and the parameters of the crops are those of
+    :class:`dinovmf_plugin.data.loaders.PretrainLoader` with the same seed. The indexes are always
+    the true ones.
+
+    Args:
+        images: the folder.
+        recipe: the crops.
+        plan: batches of this rank.
+        device: ``cpu`` (works without CUDA) or ``gpu``.
+        device_id: index of the GPU; the current one by default.
+        num_threads: threads that decode and augment.
+
+    Raises:
+        ValueError: unknown device, or ``gpu`` without CUDA.
+        UnreadableImageError: while iterating, an image cannot be read; the message names it.
+
+    Differs from upstream:
+        solo-learn's DALI loader always draws from seed 12 plus the local rank and starts again from
+        there when a run is resumed, invents indexes unless told to encode them into labels, and
+        needs CUDA also for ``cpu``.
+    """
+
+    def __init__(
+        self,
+        images: ImageFolder,
+        recipe: Recipe,
+        plan: EpochPlan,
+        *,
+        device: str = "gpu",
+        device_id: int | None = None,
+        num_threads: int = 4,
+    ) -> None:
+        super().__init__(plan)
+        self.recipe = recipe
+        self._images = images
+        self._runner = _Runner(
+            images,
+            lambda batch, epoch: crop_inputs(batch, recipe, seed=plan.seed, epoch=epoch),
+            lambda source, **kwargs: crop_pipeline(source, recipe, **kwargs),
+            batch_size=plan.batch_size,
+            device=device,
+            device_id=device_id,
+            num_threads=num_threads,
+        )
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[Any]]:
+        device = self._runner.device
+        for indices, crops in self._runner.run(iter(self.plan.indices(epoch)[start:]), epoch):
+            indexes = torch.from_numpy(indices.copy()).to(device)
+            targets = torch.from_numpy(self._images.labels[indices]).to(device)
+            yield [indexes, crops, targets]
+
+
+class DALIEvaluationLoader:
+    """All images once, in order, resized, centre-cropped and normalised by DALI.
+
+    Yields ``(images (B, 3, size, size) float32, targets (B,) int64)``; the last batch is as small
+    as it is.
+
+    Args:
+        images: the folder.
+        transform: by default Resize 256 bicubic, centre crop 224, ImageNet statistics.
+        batch_size: images per batch.
+        device: ``cpu`` or ``gpu``.
+        device_id: index of the GPU; the current one by default.
+        num_threads: threads that decode.
+    """
+
+    def __init__(
+        self,
+        images: ImageFolder,
+        *,
+        transform: CenterCrop | None = None,
+        batch_size: int = 64,
+        device: str = "gpu",
+        device_id: int | None = None,
+        num_threads: int = 4,
+    ) -> None:
+        self._images = images
+        self._batch_size = batch_size
+        chosen = transform or CenterCrop()
+        self._runner = _Runner(
+            images,
+            lambda batch, epoch: center_inputs(batch, chosen),
+            lambda source, **kwargs: center_crop_pipeline(source, chosen, **kwargs),
+            batch_size=batch_size,
+            device=device,
+            device_id=device_id,
+            num_threads=num_threads,
+        )
+
+    def __len__(self) -> int:
+        """Batches, the incomplete one included."""
+        return -(-len(self._images) // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yields the batches in order."""
+        indices = np.arange(len(self._images))
+        order = (
+            indices[i : i + self._batch_size] for i in range(0, len(indices), self._batch_size)
+        )
+        for batch, (images,) in self._runner.run(order, 0):
+            yield images, torch.from_numpy(self._images.labels[batch]).to(self._runner.device)

@@ -1,0 +1,1 @@
+"""Softmax regression on frozen features: few-shot and small data sets."""

@@ -1,0 +1,1 @@
+"""Image retrieval on revisited Oxford and Paris."""

@@ -1,0 +1,188 @@
+"""The retrieval evaluation from checkpoint to JSON."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dinovmf_plugin.evaluation.dense import load_evaluated_vit
+from dinovmf_plugin.evaluation.retrieval.dataset import RetrievalSet, load_retrieval_set
+from dinovmf_plugin.evaluation.retrieval.descriptors import (
+    ExtractionReport,
+    ImageFiles,
+    extract_descriptors,
+)
+from dinovmf_plugin.evaluation.retrieval.figure import draw_rankings
+from dinovmf_plugin.evaluation.retrieval.page import retrieval_page
+from dinovmf_plugin.evaluation.retrieval.scores import (
+    DIFFICULTIES,
+    query_scores,
+    rank_database,
+    revisited_scores,
+    split_difficulty,
+)
+from dinovmf_plugin.runs.folder import (
+    file_digest,
+    open_run_folder,
+    pick_device,
+    versions,
+    write_atomic,
+    write_json,
+)
+from dinovmf_plugin.runs.settings import check_types
+
+__all__ = ["RetrievalSettings", "evaluate_retrieval"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """Everything ``scripts/retrieval.py`` can be told; configs/retrieval.yaml explains each."""
+
+    checkpoint: str | None
+    data_path: str | None
+    output_dir: str | None
+    dataset: str = "roxford5k"
+    which: Literal["teacher", "student"] = "teacher"
+    model_name: str | None = None
+    num_heads: int | None = None
+    seed: int = 0
+    imsize: int | None = 224
+    scales: Sequence[float] = (1.0,)
+    query_boxes: bool = False
+    show: int | Sequence[str] = 5
+    device: str = "auto"
+    num_workers: int = 4
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is read.
+
+        Raises:
+            ValueError: naming the key, its value and what would be right.
+        """
+        check_types(self)
+        for key in ("checkpoint", "data_path", "output_dir"):
+            if not getattr(self, key):
+                raise ValueError(f"{key}={getattr(self, key)!r} must be set to a path")
+        if self.imsize is not None and self.imsize < 16:
+            raise ValueError(f"imsize={self.imsize} must be at least 16 pixels, or null")
+        if not self.scales or any(not 0 < scale <= 4 for scale in self.scales):
+            raise ValueError(
+                f"scales={list(self.scales)} must be factors between 0 and 4, such as [1.0]"
+            )
+        if isinstance(self.show, int) and self.show < 0:
+            raise ValueError(f"show={self.show} must be a number from 0, or a list of query names")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be 0 or more")
+
+
+def _shown(settings: RetrievalSettings, data: RetrievalSet) -> list[int]:
+    if isinstance(settings.show, int):
+        return list(range(min(settings.show, len(data.queries))))
+    return [data.query_index(name) for name in settings.show]
+
+
+def _boxes(settings: RetrievalSettings, data: RetrievalSet) -> list[Any] | None:
+    if not settings.query_boxes:
+        return None
+    boxes = [truth["bbx"] for truth in data.ground_truth]
+    if None in boxes:
+        query = data.queries[boxes.index(None)]
+        raise ValueError(f"query_boxes=true, but {data.truth_path} has no bbx for query {query!r}")
+    return boxes
+
+
+def _per_query(data: RetrievalSet, ranks: Any) -> dict[str, dict[str, float]]:
+    table: dict[str, dict[str, float]] = {name: {} for name in data.queries}
+    for difficulty in DIFFICULTIES:
+        scores = query_scores(ranks, *split_difficulty(data.ground_truth, difficulty))
+        for name, value in zip(data.queries, scores["AP"], strict=True):
+            table[name][difficulty] = value
+    return table
+
+
+def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
+    """Rank the database for every query by the backbone's CLS token and score the rankings.
+
+    Writes ``results.json`` (scores as fractions, settings, speed, versions, AP of every query),
+    ``report.html``,
+    ``rankings.png`` and the descriptors into ``output_dir``; a stopped run continues there.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        FileNotFoundError: if the checkpoint, a folder, the ground truth or an image is missing.
+        ValueError: if a setting, the ground truth or the output folder cannot be used.
+    """
+    settings.check()
+    device = pick_device(settings.device)
+    data = load_retrieval_set(str(settings.data_path), settings.dataset)
+    shown, boxes = _shown(settings, data), _boxes(settings, data)
+    network = load_evaluated_vit(
+        settings.checkpoint,
+        which=settings.which,
+        model_name=settings.model_name,
+        num_heads=settings.num_heads,
+        seed=settings.seed,
+    )
+    bound = {
+        "task": "retrieval",
+        "network": network.identity,
+        "data": str(data.folder.resolve()),
+        "ground_truth_sha256": file_digest(data.truth_path),
+        "imsize": settings.imsize,
+        "scales": [float(scale) for scale in settings.scales],
+        "query_boxes": settings.query_boxes,
+        "mean": list(network.statistics.mean),
+        "std": list(network.statistics.std),
+    }
+    folder = open_run_folder(str(settings.output_dir), bound)
+    features: dict[str, NDArray[np.float32]] = {}
+    speed: dict[str, ExtractionReport] = {}
+    for kind, names, crop in (
+        ("queries", data.queries, boxes),
+        ("database", data.database, None),
+    ):
+        paths = [data.image_path(name) for name in names]
+        files = ImageFiles(paths, settings.imsize, crop, network.statistics)
+        features[kind], speed[kind] = extract_descriptors(
+            network.model,
+            files,
+            folder / "descriptors" / kind,
+            scales=settings.scales,
+            device=device,
+            num_workers=settings.num_workers,
+            name=f"{settings.dataset} {kind}",
+        )
+        for index in speed[kind]["truncated"]:
+            _log.warning("%s ends early; its missing part is grey", files.paths[index])
+    database, queries = (torch.from_numpy(features[kind]) for kind in ("database", "queries"))
+    ranks = rank_database(database, queries)
+    results = {
+        "task": "retrieval",
+        "dataset": settings.dataset,
+        "checkpoint": network.record,
+        "settings": bound,
+        "descriptor": "CLS after the final norm, mean over scales, l2",
+        "scores": revisited_scores(ranks, data.ground_truth),
+        "average_precision": _per_query(data, ranks),
+        "speed": {**speed, "device": str(device)},
+        "images": {"database": len(data.database), "queries": len(data.queries)},
+        "versions": versions(),
+    }
+    write_json(folder / "results.json", results)
+    if shown:
+        sheet = draw_rankings(data, np.asarray(ranks), shown)
+        write_atomic(folder / "rankings.png", lambda file: sheet.save(file, format="PNG"))
+    architecture = network.shape.name if network.shape is not None else None
+    page = retrieval_page(results, network.label, architecture, sheet if shown else None)
+    write_atomic(folder / "report.html", lambda file: file.write(page.encode()))
+    return results

@@ -1,0 +1,1 @@
+"""A frozen network, its images and what is extracted from them."""

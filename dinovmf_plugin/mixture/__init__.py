@@ -1,0 +1,1 @@
+"""Measures of a mixture of von Mises-Fisher components; pure functions."""

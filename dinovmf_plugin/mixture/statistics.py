@@ -1,0 +1,155 @@
+"""What to watch while a mixture trains: pure functions, tensors in, scalar tensors out.
+
+Everything stays on the device; ``analysis.callback`` moves one small vector to the CPU per record.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.mixture.utilization import duplicate_groups
+
+__all__ = [
+    "distillation_statistics",
+    "duplicate_statistics",
+    "entropy",
+    "prototype_statistics",
+    "usage_statistics",
+]
+
+DUPLICATE_THRESHOLD = 0.9
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    """Entropy of each distribution in nats, ``(..., K) -> (...)``; exact zeros count as zero.
+
+    Example:
+        >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).tolist()
+        [0.6931471824645996, 0.0]
+    """
+    return torch.special.entr(probabilities).sum(dim=-1)
+
+
+def distillation_statistics(targets: Tensor, student_logits: Tensor) -> dict[str, Tensor]:
+    """How teacher and student see the same images.
+
+    Args:
+        targets: teacher probabilities ``(n, K)``.
+        student_logits: student logits ``(n, K)`` of the same images.
+
+    Returns:
+        Scalars: ``teacher_entropy`` and ``student_entropy`` (means, nats; log K is uniform, 0 is
+        one-hot), ``kl`` = KL(teacher || student), and ``top1_agreement`` in [0, 1].
+
+    Example:
+        >>> p = torch.tensor([[0.75, 0.25]])
+        >>> found = distillation_statistics(p, p.log())
+        >>> round(float(found["kl"]), 6), float(found["top1_agreement"])
+        (0.0, 1.0)
+    """
+    targets = targets.float()
+    log_student = student_logits.float().log_softmax(dim=-1)
+    teacher_entropy = entropy(targets)
+    cross_entropy = -(targets * log_student).sum(dim=-1)
+    agreement = targets.argmax(dim=-1) == student_logits.argmax(dim=-1)
+    return {
+        "teacher_entropy": teacher_entropy.mean(),
+        "student_entropy": -(log_student.exp() * log_student).sum(dim=-1).mean(),
+        "kl": (cross_entropy - teacher_entropy).mean(),
+        "top1_agreement": agreement.float().mean(),
+    }
+
+
+def usage_statistics(counts: Tensor) -> dict[str, Tensor]:
+    """How evenly the prototypes win.
+
+    Args:
+        counts: targets per arg-max prototype ``(K,)``.
+
+    Returns:
+        Scalars: ``win_share`` (share of prototypes that won at least once), ``usage_perplexity``
+        (``exp`` of the entropy of the wins: the number of equally used prototypes), and
+        ``largest_win_share`` (share of the wins that the most frequent prototype has).
+
+    Example:
+        >>> found = usage_statistics(torch.tensor([4, 4, 0, 0]))
+        >>> {name: round(float(value), 3) for name, value in found.items()}
+        {'win_share': 0.5, 'usage_perplexity': 2.0, 'largest_win_share': 0.5}
+    """
+    share = counts.double() / counts.sum().clamp_min(1)
+    return {
+        "win_share": (counts > 0).double().mean(),
+        "usage_perplexity": entropy(share).exp(),
+        "largest_win_share": share.max(),
+    }
+
+
+@torch.no_grad()
+def prototype_statistics(prototypes: Prototypes, temperature: float) -> dict[str, Tensor]:
+    """Magnitudes and concentrations of the components.
+
+    Args:
+        prototypes: the layer.
+        temperature: its temperature; ``kappa = |g| / tau``.
+
+    Returns:
+        Scalars: ``kappa_min, kappa_p05, kappa_median, kappa_p95, kappa_max``, the same five of the
+        magnitudes as ``magnitude_*``, ``negative_g`` (number of magnitudes below zero: legal, the
+        direction is reversed), and for ``vmf`` ``log_normalizer_min`` and ``_max``.
+
+    Example:
+        >>> found = prototype_statistics(Prototypes(8, 3), temperature=0.1)
+        >>> float(found["kappa_median"]), float(found["negative_g"])
+        (10.0, 0.0)
+    """
+    magnitude = prototypes.magnitudes().detach()
+    levels = torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0], device=magnitude.device)
+    quantiles = torch.quantile(magnitude, levels)
+    names = ("min", "p05", "median", "p95", "max")
+    out = {f"kappa_{name}": q / temperature for name, q in zip(names, quantiles, strict=True)}
+    out |= {f"magnitude_{name}": q for name, q in zip(names, quantiles, strict=True)}
+    out["negative_g"] = (prototypes.weight_g < 0).sum().float()
+    bias = prototypes.log_normalizer(temperature)
+    if bias is not None:
+        out["log_normalizer_min"], out["log_normalizer_max"] = bias.aminmax()
+    return out
+
+
+@torch.no_grad()
+def duplicate_statistics(directions: Tensor, mean: Tensor, sample: int = 4096) -> dict[str, float]:
+    """Unique prototypes, and how the largest duplicate set lies to the data (threshold 0.9).
+
+    Args:
+        directions: prototypes ``(K, p)``.
+        mean: mean of ``y`` over the epoch ``(p,)``.
+        sample: with more prototypes, a random subset of this size is examined, the same one every
+            time, so that the values are comparable between epochs. Its unique count is a lower bound for
+            the whole; the share of the largest set is an estimate (standard error below 1 % at 4096).
+
+    Returns:
+        ``examined_prototypes``, ``unique_prototypes`` (among them), ``largest_duplicate_share`` and
+        ``largest_duplicate_cosine`` with the mean (-1 in a void set).
+
+    Example:
+        >>> directions = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+        >>> found = duplicate_statistics(directions, torch.tensor([1.0, 0.0]))
+        >>> found["unique_prototypes"], found["largest_duplicate_cosine"]
+        (2.0, -1.0)
+    """
+    if len(directions) > sample:
+        chosen = torch.randperm(len(directions), generator=torch.Generator().manual_seed(0))
+        directions = directions[chosen[:sample].to(directions.device)]
+    groups = duplicate_groups(directions, DUPLICATE_THRESHOLD)
+    sizes = torch.bincount(groups)
+    largest = int(sizes.argmax())
+    representative = directions[int((groups == largest).nonzero()[0])].float()
+    cosine = F.cosine_similarity(representative, mean.to(representative), dim=0)
+    return {
+        "examined_prototypes": float(len(directions)),
+        "unique_prototypes": float(len(sizes)),
+        "largest_duplicate_share": float(sizes.max()) / len(directions),
+        "largest_duplicate_cosine": float(cosine),
+    }

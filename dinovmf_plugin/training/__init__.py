@@ -1,0 +1,1 @@
+"""Training around the methods: config, checkpoints, monitor, alarms, seeding, optimization."""

@@ -1,0 +1,31 @@
+"""The callbacks that the plugin's methods bring along, whoever builds the Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from dinovmf_plugin.training.checkpointer import Checkpointer
+
+__all__ = ["method_callbacks"]
+
+
+def method_callbacks(cfg: DictConfig, settings: Any) -> list[Callback]:
+    """The checkpointer, if ``checkpoint.enabled``, and the monitor, if ``method_kwargs.monitor``."""
+    callbacks: list[Callback] = []
+    if OmegaConf.select(cfg, "checkpoint.enabled", default=False):
+        callbacks.append(Checkpointer(cfg))
+    if settings.monitor:
+        from dinovmf_plugin.training.monitor import MixtureMonitor
+
+        history = "monitor.jsonl" if callbacks else None  # in the run's folder
+        callbacks.append(
+            MixtureMonitor(
+                every_n_steps=settings.monitor_every,
+                stop_on_collapse=settings.stop_on_collapse,
+                history_path=history,
+            )
+        )
+    return callbacks

@@ -1,0 +1,313 @@
+"""Training checkpoints: written atomically, the last epoch included, resumable without mistake.
+
+Differs from upstream (solo-learn's Checkpointer): the final epoch is always saved, and the step at which a
+run is stopped by a signal; a new file never replaces the old one before it is whole; the folder is named
+after the configuration (two cells of an ablation cannot resume from each other), and of two runs of one
+configuration the second does not write into the first's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import signal
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig, OmegaConf
+
+from dinovmf_plugin.host import HostCheckpointer
+from dinovmf_plugin.training.interruption import StopRequest
+
+__all__ = [
+    "Checkpointer",
+    "choose_folder",
+    "find_checkpoint",
+    "is_whole",
+    "make_folder",
+    "run_identity",
+]
+
+# what may change between two starts of the same run
+_VOLATILE = (
+    "checkpoint",
+    "auto_resume",
+    "resume_from_checkpoint",
+    "wandb",
+    "debug_augmentations",
+    "data.num_workers",
+    "enable_progress_bar",
+)
+
+
+def run_identity(cfg: DictConfig) -> str:
+    """Eight hex digits that are the same for, and only for, the same run (resolved config).
+
+    A folder of images is the same by whatever name: relative, absolute, or through a link.
+
+    Example:
+        >>> cfg = OmegaConf.create({"seed": 0, "method_kwargs": {"normalization": "l2"}})
+        >>> other = OmegaConf.create({"seed": 0, "method_kwargs": {"normalization": "vmf"}})
+        >>> run_identity(cfg) == run_identity(cfg), run_identity(cfg) == run_identity(other)
+        (True, False)
+    """
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key in _VOLATILE:
+        *parents, leaf = key.split(".")
+        node = plain
+        for parent in parents:
+            node = node.get(parent) or {}
+        node.pop(leaf, None)
+    data = plain.get("data") or {}
+    for key in ("train_path", "val_path"):
+        if data.get(key):
+            data[key] = os.path.realpath(data[key])
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint file is complete: a zip archive with a directory and right checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
+def _progress_of(path: Path) -> tuple[int, float]:
+    """Epoch and step by the name; the end of an epoch comes after all of its steps."""
+    found = re.search(r"-ep(\d+)(?:-step(\d+))?$", path.stem)
+    if found is None:
+        return -1, 0
+    return int(found[1]), float(found[2] or "inf")
+
+
+def _folder(cfg: DictConfig) -> Path:
+    for key in ("name", "method"):
+        value = str(cfg[key])
+        if value != Path(value).name or value in ("", ".."):
+            raise ValueError(
+                f"{key}={value!r} must be a plain name: it becomes a folder in checkpoint.dir"
+            )
+    return Path(cfg.checkpoint.dir) / cfg.method / f"{cfg.name}-{run_identity(cfg)}"
+
+
+def choose_folder(cfg: DictConfig, resume_from: str | Path | None) -> Path:
+    """The run's folder: the resumed run's own, or one that holds no checkpoint yet.
+
+    ``<dir>/<method>/<name>-<identity>``, with ``-2``, ``-3`` ... appended for a repeated fresh start.
+    """
+    if resume_from is not None:
+        folder = Path(resume_from).parent
+        return folder.parent if folder.name == "previous" else folder
+    base = folder = _folder(cfg)
+    number = 2
+    while any(folder.glob("**/*.ckpt")):
+        folder = base.with_name(f"{base.name}-{number}")
+        number += 1
+    return folder
+
+
+def make_folder(folder: Path, cfg: DictConfig) -> None:
+    """Make the run's folder.
+
+    Raises:
+        OSError: if it cannot be written; the message names ``checkpoint.dir``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"checkpoint.dir={cfg.checkpoint.dir} cannot be written: {error.strerror}"
+        ) from error
+
+
+def _last_start(base: Path) -> Path:
+    """Of ``base``, ``base-2``, ``base-3`` ..., the last one in which training began."""
+    numbered = [
+        (int(number), folder)
+        for folder in base.parent.glob(f"{glob.escape(base.name)}-*")
+        if (number := folder.name.removeprefix(f"{base.name}-")).isdecimal()
+        and (folder / "args.json").exists()
+    ]
+    return max(numbered, default=(1, base))[1]
+
+
+def find_checkpoint(cfg: DictConfig) -> Path | None:
+    """The newest whole checkpoint of exactly this run, or None.
+
+    Of a run that was started afresh several times (``choose_folder``), the last start counts. A truncated
+    file (power loss, full disk) is passed over in favour of the one before it.
+    """
+    folder = _last_start(_folder(cfg))
+    candidates = [*folder.glob("*.ckpt"), *folder.glob("previous/*.ckpt")]
+    for path in sorted(candidates, key=_progress_of, reverse=True):
+        if is_whole(path):
+            return path
+        print(f"checkpoint {path} is truncated or damaged: using the one before it")
+    return None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The file system's error behind what torch's archive writer makes of it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class _WholeFile(TorchCheckpointIO):
+    """Writes beside the target and renames; keeps an error, which all ranks are to raise together.
+
+    Differs from upstream: Lightning makes the file in memory, then in the system's temporary folder, which
+    may be another and smaller disk.
+    """
+
+    error: str | None = None
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        temporary = Path(f"{path}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            reason = _os_error(error)
+            if reason is None:
+                raise
+            self.error = reason.strerror or str(reason)
+
+
+class Checkpointer(HostCheckpointer):
+    """Saves ``<dir>/<method>/<name>-<identity>/<name>-ep<epoch>.ckpt`` and ``args.json`` beside it.
+
+    The folder holds exactly one ``.ckpt``; the one before it waits in ``previous/`` (all of them with
+    ``checkpoint.keep_prev``). A run that a signal stops (Ctrl-C, SIGTERM) is saved after the current
+    optimiser step as ``<name>-ep<epoch>-step<step>.ckpt`` and ends with status 128 + signal.
+
+    Args:
+        cfg: the resolved config, with the ``checkpoint`` node of the host.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        Callback.__init__(self)
+        self.cfg = cfg
+        self.frequency = max(1, int(cfg.checkpoint.frequency))
+        self.keep_prev = bool(cfg.checkpoint.keep_prev)
+        self.path = _folder(cfg)
+        self.last_ckpt: Path | None = None
+        self.stop = StopRequest()
+        self._saved_step = self._step_before = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Choose the folder; ``pl_module.run_folder`` tells it to the other callbacks.
+
+        Not in ``setup``, where Lightning does not know yet that it is going to resume.
+        """
+        given = self.cfg.checkpoint.get("folder")
+        path = given or choose_folder(self.cfg, trainer.ckpt_path)
+        self.path = Path(trainer.strategy.broadcast(str(path)))
+        pl_module.run_folder = self.path
+        if trainer.ckpt_path is not None:  # also if there is nothing left to train
+            whole = [p for p in self.path.glob("*.ckpt") if is_whole(p)]
+            self.last_ckpt = max(whole, key=_progress_of, default=Path(trainer.ckpt_path))
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write ``args.json``, put aside what an interrupted write left, and take over signals."""
+        if trainer.is_global_zero:
+            make_folder(self.path, self.cfg)
+            args = OmegaConf.to_container(self.cfg, resolve=True)
+            temporary = self.path / "args.json.tmp"
+            temporary.write_text(json.dumps(args, indent=2, default=str))
+            temporary.replace(self.path / "args.json")
+            for left_over in self.path.glob("*.ckpt.tmp"):
+                left_over.unlink()
+            for path in self.path.glob("*.ckpt"):
+                if not is_whole(path):  # it must not push the one before it out of previous/
+                    path.replace(path.with_name(path.name + ".damaged"))
+        self.stop.install()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the step, to tell micro-batches that end in an optimiser step."""
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for the end of training if a signal came; Lightning ends it once the step is complete."""
+        if trainer.global_step > self._step_before and self.stop.agree(trainer):
+            # the flag behind trainer.received_sigterm, which has no setter
+            trainer._signal_connector.received_sigterm = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save every ``frequency`` epochs, and the last epoch in any case."""
+        epoch = trainer.current_epoch
+        last = trainer.should_stop or epoch + 1 == trainer.max_epochs
+        if last or self.stop.agreed or (epoch + 1) % self.frequency == 0:
+            self.save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Save the step at which a signal ended training, and say how to go on."""
+        if not isinstance(exception, SIGTERMException) or self.stop.agreed is None:
+            return
+        if trainer.global_step != self._saved_step:
+            self.save(trainer, f"-step{trainer.global_step}")
+        name = signal.Signals(self.stop.agreed).name
+        if trainer.is_global_zero:
+            print(
+                f"stopped by {name} after step {trainer.global_step}: {self.last_ckpt} is written; the "
+                "same command with auto_resume.enabled=True goes on from there",
+                flush=True,
+            )
+        self.stop.pass_on()
+        if trainer.local_rank == 0:  # Lightning kills a parent whose child's status is not 0
+            exception.code = 128 + self.stop.agreed
+
+    def save(self, trainer: Trainer, suffix: str = "") -> None:
+        """Write the checkpoint beside its place, then move it there.
+
+        Raises:
+            OSError: on every rank, if it cannot be written; the one before it stays.
+        """
+        target = self.path / f"{self.cfg.name}-ep{trainer.current_epoch}{suffix}.ckpt"
+        file, usual = _WholeFile(), trainer.strategy.checkpoint_io
+        trainer.strategy.checkpoint_io = file
+        try:
+            trainer.save_checkpoint(target)
+        finally:
+            trainer.strategy.checkpoint_io = usual
+        error = trainer.strategy.broadcast(file.error)
+        if error is not None:
+            kept = f"{self.last_ckpt} is untouched" if self.last_ckpt else "there is none before it"
+            raise OSError(f"checkpoint {target} could not be written: {error}; {kept}")
+        if trainer.is_global_zero:
+            self._tidy(target)
+        self.last_ckpt, self._saved_step = target, trainer.global_step
+
+    def _tidy(self, newest: Path) -> None:
+        previous = self.path / "previous"
+        previous.mkdir(exist_ok=True)
+        for path in self.path.glob("*.ckpt"):
+            if path != newest:
+                path.replace(previous / path.name)
+        if not self.keep_prev:
+            for path in sorted(previous.glob("*.ckpt"), key=_progress_of)[:-1]:
+                path.unlink()

@@ -1,0 +1,145 @@
+"""The host's config processing (``solo.args.pretrain.parse_cfg`` of main), for both generations.
+
+Differs from upstream: ``devices`` may be what Lightning accepts (``1``, ``"2"``, ``[0, 1]``, ``"auto"``)
+where the host takes ``len(devices)``; a missing key is named before anything is built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dinovmf_plugin.data.folders import class_names
+from dinovmf_plugin.data.recipe import parse_recipe
+from dinovmf_plugin.training.schema import check_values
+
+__all__ = ["NUM_CLASSES", "count_devices", "parse_cfg"]
+
+NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "imagenet": 1000, "imagenet100": 100}
+DATASETS = (*NUM_CLASSES, "custom")
+
+_DEFAULTS: dict[str, Any] = {
+    "seed": 5,
+    "num_nodes": 1,
+    "resume_from_checkpoint": None,
+    "strategy": "auto",
+    "accelerator": "auto",
+    "devices": 1,
+    "precision": "32-true",
+    "debug_augmentations": False,
+    "data.val_path": None,
+    "data.format": "image_folder",
+    "data.no_labels": False,
+    "data.fraction": -1,
+    "data.num_workers": 4,
+    "dali.device": "gpu",
+    "dali.encode_indexes_into_labels": False,
+    "checkpoint.enabled": False,
+    "checkpoint.dir": "trained_models",
+    "checkpoint.frequency": 1,
+    "checkpoint.keep_prev": False,
+    "auto_resume.enabled": False,
+    "wandb.enabled": False,
+    "performance.disable_channel_last": False,
+}
+
+
+def count_devices(devices: Any, accelerator: str = "auto") -> int:
+    """How many processes a node runs, for Lightning's spellings of ``devices``.
+
+    Raises:
+        ValueError: if ``devices`` is none of Lightning's spellings.
+
+    Example:
+        >>> count_devices(2), count_devices("4"), count_devices([0, 1, 3]), count_devices("0,1")
+        (2, 4, 3, 2)
+    """
+    import torch
+
+    if OmegaConf.is_list(devices) or isinstance(devices, (list, tuple)):
+        return len(devices)
+    if devices in ("auto", -1, "-1", None):
+        return max(torch.cuda.device_count(), 1) if accelerator != "cpu" else 1
+    text = str(devices)
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise ValueError(
+        f"devices={devices!r} is not understood: give a number, a list such as [0, 1], or auto"
+    )
+
+
+def _require(cfg: DictConfig, *keys: str) -> None:
+    for key in keys:
+        if OmegaConf.select(cfg, key, throw_on_missing=False) is None:
+            raise ValueError(
+                f"{key} is missing from the config: set it in the recipe or as {key}=..."
+            )
+
+
+def _count_classes(cfg: DictConfig) -> int:
+    if cfg.data.dataset in NUM_CLASSES:
+        return NUM_CLASSES[cfg.data.dataset]
+    if cfg.data.no_labels:
+        return 1
+    root = Path(cfg.data.train_path)
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"data.train_path={root} is not a folder: give the folder of images"
+        )
+    return max(1, len(class_names(root)))
+
+
+def parse_cfg(cfg: DictConfig) -> DictConfig:
+    """Fill in defaults, count classes and crops, scale learning rates by the batch (in place).
+
+    ``optimizer.lr`` and, with ``data.val_path``, ``optimizer.classifier_lr`` are multiplied by
+    ``batch_size * devices * num_nodes / 256``, as the host and DINO do.
+
+    Raises:
+        ValueError: if a key is missing or has an impossible value; the message names it.
+        FileNotFoundError: if ``data.train_path`` is not a folder.
+    """
+    OmegaConf.set_struct(cfg, False)
+    check_values(cfg)
+    for key, value in _DEFAULTS.items():
+        if OmegaConf.select(cfg, key) is None:
+            OmegaConf.update(cfg, key, value)
+    _require(
+        cfg,
+        "name",
+        "method",
+        "backbone.name",
+        "data.dataset",
+        "data.train_path",
+        "max_epochs",
+        "optimizer.name",
+        "optimizer.batch_size",
+        "optimizer.lr",
+        "optimizer.weight_decay",
+        "scheduler.name",
+        "augmentations",
+    )
+    if cfg.data.dataset not in DATASETS:
+        raise ValueError(f"data.dataset={cfg.data.dataset!r} is unknown: choose one of {DATASETS}")
+    cfg.data.num_classes = _count_classes(cfg)
+
+    recipe = parse_recipe(cfg.augmentations, dataset=cfg.data.dataset)
+    large = sum(crop.size == recipe[0].size for crop in recipe)
+    cfg.data.num_large_crops, cfg.data.num_small_crops = large, len(recipe) - large
+
+    processes = count_devices(cfg.devices, cfg.accelerator) * cfg.num_nodes
+    factor = cfg.optimizer.batch_size * processes / 256
+    cfg.optimizer.lr = cfg.optimizer.lr * factor
+    if OmegaConf.select(cfg, "optimizer.classifier_lr") is None:
+        cfg.optimizer.classifier_lr = 0.1
+    if cfg.data.val_path is not None:
+        cfg.optimizer.classifier_lr = cfg.optimizer.classifier_lr * factor
+    if cfg.optimizer.name == "adamw" and OmegaConf.select(cfg, "optimizer.kwargs.betas") is None:
+        OmegaConf.update(cfg, "optimizer.kwargs", {"betas": [0.9, 0.999]}, merge=True)
+    if cfg.optimizer.name == "sgd" and OmegaConf.select(cfg, "optimizer.kwargs.momentum") is None:
+        OmegaConf.update(cfg, "optimizer.kwargs", {"momentum": 0.9}, merge=True)
+    return cfg

@@ -1,0 +1,124 @@
+"""What happens to parameters around an optimiser step: groups, schedules, clipping, freezing, EMA.
+
+Sources: DINO (``main_dino.py``, ``utils.py``): schedules per iteration, clipping per parameter, a last layer
+without gradient in the first epochs, and the teacher's EMA after the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinovmf_plugin.core import schedules
+
+__all__ = [
+    "clip_per_parameter",
+    "is_decayed",
+    "split_weight_decay",
+    "update_schedules",
+    "update_teacher",
+]
+
+
+def is_decayed(name: str, parameter: Tensor, decay_magnitudes: bool = True) -> bool:
+    """Whether weight decay applies: not to biases and 1-d parameters (DINO).
+
+    Prototype magnitudes are ``(K, 1)``, hence decayed where they are trained, which makes unused
+    prototypes shrink; ``decay_magnitudes=False`` exempts them.
+
+    Example:
+        >>> is_decayed("blocks.0.norm1.weight", torch.zeros(8)), is_decayed("cls_token", torch.zeros(1, 1, 8))
+        (False, True)
+    """
+    if name.endswith("bias") or parameter.ndim <= 1:
+        return False
+    return decay_magnitudes or not name.endswith("weight_g")
+
+
+def split_weight_decay(
+    named: dict[str, Iterable[tuple[str, nn.Parameter]]],
+    extras: dict[str, dict[str, Any]] | None = None,
+    decay_magnitudes: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameter groups, each split into a decayed one and a ``_no_decay`` one.
+
+    Args:
+        named: group name -> named parameters; those without gradient are left out.
+        extras: group name -> further settings, e.g. ``{"classifier": {"lr": 0.1, "decay": False}}``.
+        decay_magnitudes: see ``is_decayed``.
+
+    Returns:
+        Groups with keys ``params``, ``name``, ``decay`` and the extras; empty groups are left out.
+    """
+    groups = []
+    for name, parameters in named.items():
+        extra = dict((extras or {}).get(name, {}))
+        decays = extra.pop("decay", True)
+        split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for key, parameter in parameters:
+            if parameter.requires_grad:
+                split[decays and is_decayed(key, parameter, decay_magnitudes)].append(parameter)
+        for decay, suffix in ((True, ""), (False, "_no_decay")):
+            if split[decay]:
+                groups.append(
+                    {"params": split[decay], "name": name + suffix, "decay": decay, **extra}
+                )
+    return groups
+
+
+def update_schedules(
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    total: int,
+    *,
+    min_lr: float,
+    warmup_steps: int,
+    warmup_start_lr: float,
+    weight_decay: float,
+    final_weight_decay: float,
+    constant_lr: bool = False,
+) -> None:
+    """Write this step's learning rate and weight decay into the optimiser's groups.
+
+    Every group warms up to its own ``peak_lr`` (or stays there); only groups with ``decay`` get weight decay.
+    """
+    decay = schedules.cosine(step, total, weight_decay, final_weight_decay)
+    for group in optimizer.param_groups:
+        if not constant_lr:
+            group["lr"] = schedules.learning_rate(
+                step, total, group["peak_lr"], min_lr, warmup_steps, warmup_start_lr
+            )
+        group["weight_decay"] = decay if group["decay"] else 0.0
+
+
+def clip_per_parameter(parameters: Iterable[nn.Parameter], clip: float) -> None:
+    """Scale each gradient by ``clip / (norm + 1e-6)`` where that is below 1: per tensor, not globally.
+
+    To be called on unscaled gradients. ``clip=0`` does nothing.
+    """
+    if not clip:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    norms = torch._foreach_norm(gradients)
+    factors = [(clip / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+    torch._foreach_mul_(gradients, factors)
+
+
+@torch.no_grad()
+def update_teacher(pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: float) -> None:
+    """EMA of every parameter, in place: ``teacher <- momentum teacher + (1 - momentum) student``.
+
+    Directions and magnitudes of the prototypes are averaged separately, as in DINO. Buffers (BatchNorm
+    statistics) are not averaged. Parameters are matched by name; a student-only one (mask token) is skipped.
+
+    Differs from upstream: solo-learn rebinds ``.data``, which breaks flattened and sharded parameters.
+    """
+    for student, teacher in pairs:
+        online = dict(student.named_parameters())
+        names, averaged = zip(*teacher.named_parameters(), strict=True)
+        torch._foreach_lerp_(list(averaged), [online[name] for name in names], 1 - momentum)
