@@ -18,7 +18,7 @@ from dinovmf_plugin.evaluation.retrieval import run as retrieval_run
 from dinovmf_plugin.evaluation.runner import evaluate, evaluate_one
 from dinovmf_plugin.evaluation.video import run as video_run
 from dinovmf_plugin.features.cache import load_feature_file
-from tests.evaluation.synthetic_video import write_moving_objects
+from tests.evaluation.video.synthetic_video import write_moving_objects
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's
 KNN = ["knn.resize=24", "knn.crop_size=24", "knn.ks=[3]"]

@@ -23,7 +23,7 @@ from dinovmf_plugin.evaluation.video.figures import save_animation
 from dinovmf_plugin.evaluation.video.page import format_table
 from dinovmf_plugin.evaluation.video.run import VideoSettings, evaluate_video_segmentation
 from dinovmf_plugin.evaluation.video.scores import score_sequence, summarize_objects
-from tests.evaluation.synthetic_video import write_moving_objects
+from tests.evaluation.video.synthetic_video import write_moving_objects
 
 SIZE = (64, 130)
 FRAMES = 7
@@ -274,7 +274,7 @@ def test_pixels__are_no_patch_features(tmp_path, source):
 def test_script__from_any_folder_and_bad_input_ends_in_one_sentence(
     tmp_path, source, checkpoint, monkeypatch, capsys
 ):
-    script = str(Path(__file__).resolve().parents[2] / "scripts" / "video_segmentation.py")
+    script = str(Path(__file__).resolve().parents[3] / "scripts" / "video_segmentation.py")
     given = [f"checkpoint={checkpoint}", f"data_path={source}", "size=64", "output_dir=out"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *given, "sequences=[moving-01]", "animation=gif"])
@@ -290,7 +290,7 @@ def test_script__from_any_folder_and_bad_input_ends_in_one_sentence(
 
 
 def test_config__names_every_setting_with_its_default():
-    path = Path(__file__).resolve().parents[2] / "configs" / "video_segmentation.yaml"
+    path = Path(__file__).resolve().parents[3] / "configs" / "video_segmentation.yaml"
     config = OmegaConf.to_container(OmegaConf.load(path))
     del config["defaults"], config["hydra"]
     assert config == asdict(VideoSettings(checkpoint=None, data_path=None, output_dir=None))

@@ -10,7 +10,7 @@ from PIL import Image
 from dinovmf_plugin.data.channels import Statistics
 from dinovmf_plugin.evaluation.video import davis
 from dinovmf_plugin.evaluation.video.figures import overlay
-from tests.evaluation.synthetic_video import moving_objects, write_moving_objects
+from tests.evaluation.video.synthetic_video import moving_objects, write_moving_objects
 
 
 def test_palette__is_pillows_reading_of_the_voc_formula(tmp_path):

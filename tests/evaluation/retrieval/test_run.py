@@ -306,7 +306,7 @@ def test_baselines__untrained_by_name_but_not_pixels(tmp_path, data):
 def test_script__from_any_folder_and_bad_input_ends_in_one_sentence(
     tmp_path, data, checkpoint, monkeypatch, capsys
 ):
-    script = str(Path(__file__).resolve().parents[2] / "scripts" / "retrieval.py")
+    script = str(Path(__file__).resolve().parents[3] / "scripts" / "retrieval.py")
     given = [f"checkpoint={checkpoint}", f"data_path={data.parent}", "imsize=32", "num_workers=1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *given, "output_dir=out", "scales=[1.0,0.7071]"])
@@ -322,7 +322,7 @@ def test_script__from_any_folder_and_bad_input_ends_in_one_sentence(
 
 
 def test_config__names_every_setting_with_its_default():
-    path = Path(__file__).resolve().parents[2] / "configs" / "retrieval.yaml"
+    path = Path(__file__).resolve().parents[3] / "configs" / "retrieval.yaml"
     config = OmegaConf.to_container(OmegaConf.load(path))
     del config["defaults"], config["hydra"]
     defaults = asdict(RetrievalSettings(checkpoint=None, data_path=None, output_dir=None))
