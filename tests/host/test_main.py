@@ -81,7 +81,7 @@ def _overrides(pictures: Path, tmp_path: Path) -> list[Any]:
         f"checkpoint.dir={tmp_path / 'runs'}",
         "data.format=image_folder",
         "data.num_workers=0",
-        "augmentations=demo",
+        "dinovmf/augmentations=demo",
         "backbone.name=vit_nano",
         "backbone.kwargs.img_size=32",
         "method_kwargs.num_prototypes=32",
@@ -101,7 +101,7 @@ def _overrides(pictures: Path, tmp_path: Path) -> list[Any]:
 def test_unmodified_main_pretrain_then_main_knn(pictures, tmp_path):
     script = str(CHECKOUT / "main_pretrain.py")
     overrides = _overrides(pictures, tmp_path)
-    _python(script, "--config-name", "custom/dino_vmf", *overrides, folder=tmp_path)
+    _python(script, "--config-name", "dinovmf/custom/dino_vmf", *overrides, folder=tmp_path)
     (checkpoint,) = _files(tmp_path / "runs", "*-ep1.ckpt")
     assert checkpoint.parent.parent.name == "dino_vmf"
     content = torch.load(checkpoint, weights_only=True)
@@ -147,7 +147,9 @@ def test_unmodified_main_pretrain__plugin_from_a_wheel(wheel, pictures, tmp_path
         assert Path(file).is_relative_to(wheel)
     script = str(CHECKOUT / "main_pretrain.py")
     overrides = [*_overrides(pictures, tmp_path), "max_epochs=1"]
-    _python(script, "--config-name", "custom/dino_vmf", *overrides, folder=tmp_path, first=wheel)
+    _python(
+        script, "--config-name", "dinovmf/custom/dino_vmf", *overrides, folder=tmp_path, first=wheel
+    )
     (checkpoint,) = _files(tmp_path / "runs", "*-ep0.ckpt")
     content = torch.load(checkpoint, weights_only=True)
     assert content["dinovmf_plugin"]["cfg"]["method"] == "dino_vmf"
