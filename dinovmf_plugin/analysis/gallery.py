@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from dinovmf_plugin.analysis.measurements import Scored, component_labels
+from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.mixture.model import VMFMixture
-from dinovmf_plugin.report.page import Sheet, thumbnail
+from dinovmf_plugin.report.page import Sheet, Thumbnail
 
-__all__ = ["component_sheets", "component_table", "image_table", "ranked_sheet"]
+__all__ = ["component_sheets", "component_table", "image_table", "ranked_sheet", "thumbnail"]
+
+
+def thumbnail(path: str | Path, size: int, *, caption: str = "", title: str = "") -> Thumbnail:
+    """A square thumbnail, centre-cropped, at twice the CSS size for dense screens.
+
+    Args:
+        path: image file.
+        size: side in CSS pixels.
+        caption: shown below.
+        title: shown on hovering; default the path.
+    """
+    square = ImageOps.fit(open_image(path), (2 * size, 2 * size), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    square.save(buffer, format="JPEG", quality=80)
+    return Thumbnail(buffer.getvalue(), size, caption, title or str(path))
 
 
 def image_table(scored: Sequence[Scored]) -> dict[str, list[Any]]:

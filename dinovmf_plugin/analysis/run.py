@@ -41,6 +41,7 @@ from dinovmf_plugin.analysis.page import analysis_page, gallery_page
 from dinovmf_plugin.analysis.settings import AnalysisSettings
 from dinovmf_plugin.analysis.tables import save_table
 from dinovmf_plugin.core.vit import last_attention, patch_grid
+from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.mixture.model import log_uniform_density
 from dinovmf_plugin.mixture.precision import PercentileBin
@@ -169,8 +170,7 @@ def _attention(
     paths: list[Path] = []
     for index in tqdm(chosen, desc="attention maps", unit="img"):
         path = Path(images.folder.path(int(index)))
-        with Image.open(path) as image:
-            pixels = transform(image.convert("RGB"))
+        pixels = transform(open_image(path))
         maps = cls_attention(
             last_attention(model.vit, pixels[None].to(model.prototypes.weight_v.device)),
             patch_grid(model.vit, *pixels.shape[-2:]),

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dinovmf_plugin.data.decoding import UnreadableImageError, open_image
 from dinovmf_plugin.data.folders import ImageFolder
 from dinovmf_plugin.data.recipe import Recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
 from dinovmf_plugin.data.transforms import MultiCropTransform
-from dinovmf_plugin.data.unreadable import UnreadableImageError, open_image
 
 
 class ImageSource(Protocol):

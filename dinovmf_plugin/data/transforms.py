@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from dinovmf_plugin.data.decoding import to_rgb
 from dinovmf_plugin.data.parameters import UNIFORMS_PER_CROP, CropParameters, draw_parameters
 from dinovmf_plugin.data.recipe import SOLARIZATION_THRESHOLD, Crop, Recipe, parse_recipe
 from dinovmf_plugin.data.sampling import sample_uniforms
@@ -92,7 +93,7 @@ class MultiCropTransform:
         """Makes all crops of an image.
 
         Args:
-            image: any PIL image; it is converted to RGB.
+            image: any PIL image; it is converted by ``decoding.to_rgb``.
             seed: the run's seed; None draws one from Python's ``random`` (as a plain torchvision
                 transform would).
             epoch: epoch of the run.
@@ -103,7 +104,7 @@ class MultiCropTransform:
         """
         if seed is None:
             seed = random.getrandbits(63)
-        image = image.convert("RGB")
+        image = to_rgb(image)
         drawn = self.parameters(image, seed=seed, epoch=epoch, index=index)
         return [make_crop(image, crop, drawn, (0, n)) for n, crop in enumerate(self.recipe)]
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dinovmf_plugin.data.decoding import UnreadableImageError, is_plain_jpeg, open_image
 from dinovmf_plugin.data.folders import ImageFolder
 
 CHECKS = ("fast", "full", "none")
@@ -18,32 +19,17 @@ _CHUNK = 256
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 
 
-class UnreadableImageError(RuntimeError):
-    """An image file is truncated, or is no image; the message names it."""
-
-
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads an image completely, as RGB.
-
-    Raises:
-        UnreadableImageError: it cannot be read; the message names the file.
-    """
-    try:
-        with open(path, "rb") as file:
-            image: Image.Image = Image.open(file)
-            if image.mode.startswith("I;16"):
-                # PIL clips 16 bits to 8, which leaves almost everything white.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"cannot read the image {os.fspath(path)!r}: {error}") from error
-
-
 def _full(path: str) -> str | None:
+    """Decodes; of PNG also the checksums, which PIL passes over and other decoders do not."""
     try:
         open_image(path)
-    except RuntimeError as error:
-        return str(error.__cause__)
+        with Image.open(path) as image:
+            if image.format == "PNG":
+                image.verify()
+    except UnreadableImageError as error:
+        return str(error.__cause__) or type(error.__cause__).__name__
+    except Exception as error:
+        return str(error) or type(error).__name__
     return None
 
 
@@ -54,7 +40,7 @@ def _fast(path: str) -> str | None:
             if file.read(len(_JPEG_START)) == _JPEG_START:
                 # The end marker cannot occur inside the compressed data.
                 file.seek(-len(_JPEG_END), os.SEEK_END)
-                if file.read() == _JPEG_END:
+                if file.read() == _JPEG_END and is_plain_jpeg(file):
                     return None
             else:
                 file.seek(0)
@@ -62,8 +48,8 @@ def _fast(path: str) -> str | None:
                 if image.format == "PNG":
                     image.verify()  # checksums of all chunks, no decoding
                     return None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error)
+    except Exception as error:  # damaged files raise more than PIL documents
+        return str(error) or type(error).__name__
     return _full(path)
 
 
@@ -74,7 +60,7 @@ def find_unreadable(
 
     Args:
         paths: files.
-        check: ``fast`` reads the start and the end of JPEG files and the checksums of PNG files,
+        check: ``fast`` reads the headers and the end of JPEG files and the checksums of PNG files,
             and decodes what looks wrong and all other formats; it finds truncated and non-image
             files. ``full`` decodes everything. ``none`` nothing.
         num_threads: files looked at at the same time.

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinovmf_plugin.analysis.gallery import thumbnail
 from dinovmf_plugin.data.folders import list_images
 from dinovmf_plugin.features.extraction import extract_features
-from dinovmf_plugin.report.page import Page, Sheet, Thumbnail, table, thumbnail
+from dinovmf_plugin.report.page import Page, Sheet, Thumbnail, table
 from dinovmf_plugin.report.theme import themed
 from dinovmf_plugin.runs.folder import write_atomic
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinovmf_plugin.data.channels import IMAGENET
+from dinovmf_plugin.data.decoding import to_rgb
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import ImageFolder, list_images, relabel
 from dinovmf_plugin.data.loaders import FolderSource, ImageSource
@@ -36,8 +37,7 @@ class DatasetSource:
 
     def image(self, index: int) -> Image.Image:
         """Image ``index``, RGB."""
-        picture: Image.Image = self.images[index][0]
-        return picture.convert("RGB")
+        return to_rgb(self.images[index][0])
 
     def label(self, index: int) -> int:
         """Its class."""
@@ -107,7 +107,7 @@ def image_folder(
         key: config key for messages, such as ``data.train_path``.
         classes: class names that define the labels, those of the training set; by default the
             folder's own. The folder may lack some of them.
-        check_images: ``fast``, ``full`` or ``none``, see ``data.images.find_unreadable``.
+        check_images: ``fast``, ``full`` or ``none``, see ``data.unreadable.find_unreadable``.
         skip_unreadable: leave unreadable images out instead of refusing them.
 
     Raises:

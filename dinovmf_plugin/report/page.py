@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from PIL import Image, ImageOps
 
 from dinovmf_plugin.report.theme import data_uri
 
-__all__ = ["Page", "Sheet", "Thumbnail", "table", "thumbnail"]
+__all__ = ["Page", "Sheet", "Thumbnail", "table"]
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #24292f; --soft: #57606a;
@@ -106,22 +102,6 @@ class Sheet:
             f'<div class="sheet"><h3>{html.escape(self.title)} '
             f'<span>{html.escape(self.note)}</span></h3><div class="strip">{cells}</div></div>'
         )
-
-
-def thumbnail(path: str | Path, size: int, *, caption: str = "", title: str = "") -> Thumbnail:
-    """A square thumbnail, centre-cropped, at twice the CSS size for dense screens.
-
-    Args:
-        path: image file.
-        size: side in CSS pixels.
-        caption: shown below.
-        title: shown on hovering; default the path.
-    """
-    with Image.open(path) as image:
-        square = ImageOps.fit(image.convert("RGB"), (2 * size, 2 * size), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    square.save(buffer, format="JPEG", quality=80)
-    return Thumbnail(buffer.getvalue(), size, caption, title or str(path))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

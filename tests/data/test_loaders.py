@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from dinovmf_plugin.data.decoding import UnreadableImageError
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import list_images
 from dinovmf_plugin.data.loaders import FolderSource, PretrainLoader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan
-from dinovmf_plugin.data.unreadable import UnreadableImageError
 
 
 @pytest.fixture

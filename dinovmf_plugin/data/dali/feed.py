@@ -7,7 +7,6 @@ operators keep a state that cannot be set.
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,15 +15,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from dinovmf_plugin.data.dali.color import color_matrices
+from dinovmf_plugin.data.decoding import decodable
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.folders import ImageFolder
 from dinovmf_plugin.data.parameters import UNIFORMS_PER_CROP, draw_parameters
 from dinovmf_plugin.data.recipe import Crop, Recipe
 from dinovmf_plugin.data.sampling import sample_uniforms
-from dinovmf_plugin.data.unreadable import UnreadableImageError
 
 Indices = npt.NDArray[np.int64]
 
@@ -35,7 +33,7 @@ class EncodedBatch:
 
     Attributes:
         indices: ``(B,)`` int64.
-        encoded: B uint8 arrays, the files.
+        encoded: B uint8 arrays, the files, see ``decoding.decodable``.
         heights: ``(B,)`` int64 pixels, from the headers.
         widths: ``(B,)`` int64 pixels.
     """
@@ -47,12 +45,7 @@ class EncodedBatch:
 
 
 def _read(path: str) -> tuple[npt.NDArray[np.uint8], int, int]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        width, height = Image.open(io.BytesIO(data)).size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImageError(f"cannot read the image {path!r}: {error}") from error
+    data, height, width = decodable(path)
     return np.frombuffer(data, dtype=np.uint8), height, width
 
 

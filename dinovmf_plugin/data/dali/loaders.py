@@ -16,14 +16,20 @@ from dinovmf_plugin.data.dali.feed import (
     center_inputs,
     crop_inputs,
 )
+from dinovmf_plugin.data.decoding import UnreadableImageError, decodable
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.folders import ImageFolder
 from dinovmf_plugin.data.recipe import Recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
-from dinovmf_plugin.data.unreadable import UnreadableImageError, find_unreadable
+from dinovmf_plugin.data.unreadable import find_unreadable
 
 try:
-    from dinovmf_plugin.data.dali.pipeline import DEVICES, center_crop_pipeline, crop_pipeline
+    from dinovmf_plugin.data.dali.pipeline import (
+        DEVICES,
+        center_crop_pipeline,
+        crop_pipeline,
+        decoding_pipeline,
+    )
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(
         "DALI is not installed: `pip install nvidia-dali-cuda130` (or the dali extra of dinovmf-plugin), "
@@ -102,12 +108,27 @@ class _Runner:
             return error
         paths = [self.images.path(i) for indices in self._feed.in_flight for i in indices]
         bad = find_unreadable(paths, check="full", progress=False)
+        if not bad:  # whole for PIL: ask DALI itself, file by file
+            bad = {
+                i: "DALI cannot decode it" for i, path in enumerate(paths) if self._refuses(path)
+            }
         if not bad:
             return error
         names = "; ".join(f"{paths[i]!r} ({problem})" for i, problem in list(bad.items())[:10])
         return UnreadableImageError(
             f"cannot read the image {names}: repair or remove it, or set data.skip_unreadable=True"
         )
+
+    def _refuses(self, path: str) -> bool:
+        encoded = [np.frombuffer(decodable(path)[0], dtype=np.uint8)]
+        device = "cpu" if self.device_id is None else "gpu"
+        pipeline = decoding_pipeline(lambda: encoded, device=device, device_id=self.device_id)
+        try:
+            pipeline.build()
+            pipeline.run()
+        except RuntimeError:
+            return True
+        return False
 
     def _drain(self) -> None:
         """Empties the pipeline after an epoch that was left early."""

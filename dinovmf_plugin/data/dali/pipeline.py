@@ -170,3 +170,21 @@ def center_crop_pipeline(
         return (_normalize(picture, transform.mean, transform.std),)
 
     return graph(batch_size=batch_size, num_threads=num_threads, device_id=device_id)
+
+
+def decoding_pipeline(
+    source: Callable[[], list[Any]], *, device: str, device_id: int | None
+) -> Pipeline:
+    """Builds a pipeline that decodes one image: ``(1, H, W, 3)`` uint8.
+
+    Args:
+        source: callback that returns the file's bytes as a uint8 array, in a list.
+        device: ``cpu`` or ``gpu``.
+        device_id: index of the GPU, None without.
+    """
+
+    @pipeline_def
+    def graph() -> Node:
+        return _decode(fn.external_source(source=source, batch=True), device)
+
+    return graph(batch_size=1, num_threads=1, device_id=device_id)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
+from dinovmf_plugin.data.decoding import UnreadableImageError, open_image
 from dinovmf_plugin.data.safe_pickle import load_plain_pickle
 
 __all__ = ["QueryTruth", "RetrievalSet", "load_retrieval_set", "read_image"]
@@ -183,16 +184,14 @@ def load_retrieval_set(data_path: str | Path, dataset: str) -> RetrievalSet:
 def _open_rgb(path: Path) -> tuple[Image.Image, bool]:
     """The image, and whether its file ends early: the published archives hold such files."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB"), False
-    except OSError as error:
-        if "truncated" not in str(error):
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        return open_image(path), False
+    except UnreadableImageError as error:
+        if "truncated" not in str(error.__cause__):
+            raise ValueError(f"{path} cannot be read as an image: {error.__cause__}") from error
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB"), True
+        return open_image(path), True
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 

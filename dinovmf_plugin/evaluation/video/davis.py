@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinovmf_plugin.data.channels import Statistics
+from dinovmf_plugin.data.decoding import open_image
 
 __all__ = [
     "PUBLISHED",
@@ -227,9 +228,7 @@ def read_frame(path: Path, size: tuple[int, int], statistics: Statistics = PUBLI
     Bilinear *without* antialiasing, rounded to whole levels, then normalised: as the published numbers
     were made.
     """
-    with Image.open(path) as image:
-        array = np.array(image.convert("RGB"))
-    pixels = torch.from_numpy(array).permute(2, 0, 1)[None].float()
+    pixels = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)[None].float()
     resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
     scaled = resized.round().div(255)
     mean, std = (torch.tensor(values)[:, None, None] for values in statistics)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.evaluation.video.davis import VOID, davis_palette
 from dinovmf_plugin.runs.folder import write_atomic
 
@@ -36,8 +37,7 @@ def overlay(frame: Image.Image, labels: NDArray[np.integer], opacity: float = 0.
 
 
 def _cells(frame: Path, sides: Sequence[NDArray[np.integer]], width: int) -> list[Image.Image]:
-    with Image.open(frame) as opened:
-        image = opened.convert("RGB")
+    image = open_image(frame)
     size = (width, max(1, round(image.height * width / image.width)))
     small = image.resize(size, Image.Resampling.BOX)
     nearest = Image.Resampling.NEAREST

@@ -9,12 +9,12 @@ import torch
 pytest.importorskip("nvidia.dali", reason="needs nvidia-dali")
 
 from dinovmf_plugin.data.dali.loaders import DALIEvaluationLoader, DALILoader
+from dinovmf_plugin.data.decoding import UnreadableImageError
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.folders import list_images
 from dinovmf_plugin.data.loaders import FolderSource, PretrainLoader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan
-from dinovmf_plugin.data.unreadable import UnreadableImageError
 
 
 @pytest.fixture
