@@ -77,7 +77,7 @@ def _position_embedding(vit: Any, rows: int, cols: int) -> tuple[Tensor | None, 
     return prefix, grid.flatten(2).transpose(1, 2)
 
 
-def _embed(
+def embed(
     vit: Any,
     images: Tensor,
     masks: Tensor | None = None,
@@ -138,7 +138,7 @@ def forward_tokens(
         ValueError: if ``vit`` is no plain ViT, the masks do not fit, or a token is missing.
     """
     _check_vit(vit)
-    x = _embed(vit, images, masks, mask_token, keep)
+    x = embed(vit, images, masks, mask_token, keep)
     if getattr(vit, "grad_checkpointing", False) and torch.is_grad_enabled():
         from timm.models import checkpoint_seq
 
@@ -163,7 +163,7 @@ def intermediate_tokens(
     depth = len(vit.blocks)
     if not 1 <= n <= depth:
         raise ValueError(f"n={n} blocks were asked for, but the backbone has {depth}")
-    x = _embed(vit, images)
+    x = embed(vit, images)
     out = []
     for i, block in enumerate(vit.blocks):
         x = block(x)
@@ -178,7 +178,7 @@ def last_attention(vit: Any, images: Tensor) -> Tensor:
     Recomputed from the block's own projection, since fused attention never forms them.
     """
     _check_vit(vit)
-    x = _embed(vit, images)
+    x = embed(vit, images)
     for block in vit.blocks[:-1]:
         x = block(x)
     block = vit.blocks[-1]

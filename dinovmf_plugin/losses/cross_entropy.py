@@ -87,9 +87,10 @@ def prototype_cross_entropy(
     elif embeddings.dtype == weight.dtype:
         product = weight.dtype
     if pair_weights is None:
-        pair_weights = torch.full((views, len(targets)), 1 / (views * len(targets) * n))
+        share = 1 / (views * len(targets) * n)
+        pair_weights = torch.full((views, len(targets)), share, device=device)
     if row_weights is None:
-        row_weights = torch.ones(n)
+        row_weights = torch.ones(n, device=device)
     return StreamedCrossEntropy.apply(
         embeddings,
         weight,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,12 @@ def view_pairs(num_targets: int, num_views: int) -> Tensor:
     return pairs / pairs.sum()
 
 
+@functools.lru_cache(maxsize=16)
+def _view_pairs_on(num_targets: int, num_views: int, device: torch.device) -> Tensor:
+    """Copied to the device once, not in every step."""
+    return view_pairs(num_targets, num_views).to(device)
+
+
 def dino_loss(
     student: Tensor, prototypes: Prototypes, targets: Tensor, temperature: float
 ) -> Tensor:
@@ -45,7 +53,7 @@ def dino_loss(
     Returns:
         Scalar, float32.
     """
-    pairs = view_pairs(len(targets), len(student)) / student.shape[1]
+    pairs = _view_pairs_on(len(targets), len(student), student.device) / student.shape[1]
     return prototype_cross_entropy(
         student,
         prototypes.weight_v,
@@ -53,5 +61,5 @@ def dino_loss(
         temperature=temperature,
         magnitude=prototypes.weight_g.squeeze(-1),
         bias=prototypes.log_normalizer(temperature),
-        pair_weights=pairs.to(student.device),
+        pair_weights=pairs,
     )

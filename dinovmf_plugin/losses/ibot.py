@@ -19,7 +19,7 @@ __all__ = ["ibot_patch_loss", "masked_token_weights", "patch_targets", "update_p
 _CHUNK_NUMBERS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
-def masked_token_weights(masks: Tensor) -> Tensor:
+def masked_token_weights(masks: Tensor, chosen: Tensor | None = None) -> Tensor:
     """Weight of every masked token: 1 / (masked tokens of its image * number of images).
 
     The sum over tokens of weight times loss is the mean, over *all* images, of each image's mean over
@@ -27,6 +27,8 @@ def masked_token_weights(masks: Tensor) -> Tensor:
 
     Args:
         masks: bool ``(N, P)``.
+        chosen: ``masks.flatten().nonzero()`` as ``(M,)``, if it is known already: to find it is to wait
+            for a GPU.
 
     Returns:
         float32 ``(M,)`` for the ``M`` true entries, in row-major order.
@@ -37,11 +39,19 @@ def masked_token_weights(masks: Tensor) -> Tensor:
         [0.1667, 0.1667, 0.3333]
     """
     share = 1 / (masks.sum(dim=1, keepdim=True).clamp(min=1) * len(masks))
-    return share.expand(masks.shape)[masks]
+    if chosen is None:
+        return share.expand(masks.shape)[masks]
+    return share.squeeze(1).index_select(0, chosen // masks.shape[1])
 
 
 def ibot_patch_loss(
-    student: Tensor, prototypes: Prototypes, targets: Tensor, masks: Tensor, temperature: float
+    student: Tensor,
+    prototypes: Prototypes,
+    targets: Tensor,
+    masks: Tensor,
+    temperature: float,
+    *,
+    chosen: Tensor | None = None,
 ) -> Tensor:
     """Masked-image loss (paper A.5): cross-entropy between teacher and student at masked patches.
 
@@ -55,6 +65,7 @@ def ibot_patch_loss(
         targets: teacher probabilities ``(M, K)`` of the same patches.
         masks: bool ``(N, P)``.
         temperature: the student's ``tau``.
+        chosen: see ``masked_token_weights``.
 
     Returns:
         Scalar, float32.
@@ -82,7 +93,7 @@ def ibot_patch_loss(
         magnitude=prototypes.weight_g.squeeze(-1),
         bias=prototypes.log_normalizer(temperature),
         pair_weights=student.new_ones(1, 1, dtype=torch.float32),
-        row_weights=masked_token_weights(masks),
+        row_weights=masked_token_weights(masks, chosen),
     )
 
 

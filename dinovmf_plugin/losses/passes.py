@@ -57,7 +57,7 @@ class Problem:
         bound = length.max() * torch.linalg.vector_norm(self.y, dim=1).max()
         if self.bias is not None:
             bound = bound + self.bias.abs().max()
-        return float(bound)
+        return float(bound.detach().numpy())
 
 
 class PrototypeGradients:

@@ -29,7 +29,7 @@ from dinovmf_plugin.training.records import REMEDY, NonFiniteLossError, StepReco
 from dinovmf_plugin.training.seeding import SeededSteps
 from dinovmf_plugin.training.stored_config import StoredConfig
 
-__all__ = ["DistillationOutput", "NonFiniteLossError", "SelfDistillation", "forward_by_size"]
+__all__ = ["DistillationOutput", "NonFiniteLossError", "SelfDistillation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +50,6 @@ class DistillationOutput:
 
 
 _SPREAD_ANCHORS = 8192
-
-
-def forward_by_size(forward: Any, crops: list[Tensor]) -> list[Tensor]:
-    """Run ``forward`` once per crop size on the concatenated crops; outputs in the crops' order.
-
-    Args:
-        forward: a function of a batch ``(n, 3, s, s)``.
-        crops: tensors ``(B, 3, s_i, s_i)``.
-    """
-    by_size: dict[torch.Size, list[int]] = {}
-    for i, crop in enumerate(crops):
-        by_size.setdefault(crop.shape[-2:], []).append(i)
-    outputs: list[Any] = [None] * len(crops)
-    for members in by_size.values():
-        sizes = [len(crops[i]) for i in members]
-        merged = forward(
-            torch.cat([crops[i] for i in members]) if len(members) > 1 else crops[members[0]]
-        )
-        for i, output in zip(members, merged.split(sizes), strict=True):
-            outputs[i] = output
-    return outputs
 
 
 class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):

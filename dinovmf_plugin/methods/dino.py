@@ -12,7 +12,8 @@ from dinovmf_plugin.core import schedules
 from dinovmf_plugin.core.centering import make_centering
 from dinovmf_plugin.core.heads import DINOHead
 from dinovmf_plugin.losses.dino import dino_loss
-from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation, forward_by_size
+from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation
+from dinovmf_plugin.methods.crops import features_of_crops
 from dinovmf_plugin.methods.settings import DINOSettings
 from dinovmf_plugin.training import optimization
 from dinovmf_plugin.training.records import StepRecord
@@ -103,9 +104,7 @@ class DINOMultiCrop(SelfDistillation):
 
         The centre is updated after the targets are formed, so that they use the previous one.
         """
-        features = torch.cat(
-            forward_by_size(lambda x: self.pooled(self.momentum_backbone, x), crops)
-        )
+        features = torch.cat(features_of_crops(self.momentum_backbone, crops))
         embeddings = self.momentum_head(features)
         targets = self.cls_targets(embeddings)
         return targets.unflatten(0, (len(crops), -1)), embeddings, features
@@ -125,7 +124,7 @@ class DINOMultiCrop(SelfDistillation):
         """DINO's loss over all pairs of one global teacher view and another student view."""
         s = self.settings
         targets, teacher, teacher_features = self.teacher_targets(crops[: self.num_large_crops])
-        features = torch.cat(forward_by_size(self.student_features, crops))
+        features = torch.cat(features_of_crops(self.backbone, crops))
         student = self.head(features).unflatten(0, (len(crops), -1))
         loss = dino_loss(student, self.head.last_layer, targets, s.student_temperature)
         temperature = self.teacher_temperature()

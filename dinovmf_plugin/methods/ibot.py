@@ -13,9 +13,11 @@ from dinovmf_plugin.core import schedules
 from dinovmf_plugin.core import vit as backbones
 from dinovmf_plugin.core.centering import make_centering
 from dinovmf_plugin.core.masking import MaskSampler
+from dinovmf_plugin.core.packing import Crops, forward_packed
 from dinovmf_plugin.losses.dino import dino_loss
 from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_patch_center
-from dinovmf_plugin.methods.base import DistillationOutput, forward_by_size
+from dinovmf_plugin.methods.base import DistillationOutput
+from dinovmf_plugin.methods.crops import tokens_and_features
 from dinovmf_plugin.methods.dino import DINOMultiCrop
 from dinovmf_plugin.methods.settings import DINOSettings, check_range, check_vit
 from dinovmf_plugin.training.records import StepRecord
@@ -139,7 +141,7 @@ class IBOT(DINOMultiCrop):
     @torch.no_grad()
     def teacher_tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Teacher's CLS features ``(N, D)``, and embeddings of CLS ``(N, p)`` and patches ``(N * P, p)``."""
-        tokens = backbones.forward_tokens(self.momentum_backbone, images)
+        (tokens,) = forward_packed(self.momentum_backbone, [Crops(images)])
         features, patches = tokens[:, 0], self.patch_tokens(tokens, images).flatten(0, 1)
         # BatchNorm needs all patches together; otherwise the wide hidden layers are made piece by piece
         size = len(patches) if self.settings.use_bn_in_head else _HEAD_ROWS
@@ -152,24 +154,27 @@ class IBOT(DINOMultiCrop):
         return tokens[:, tokens.shape[1] - rows * cols :]
 
     def student_embeddings(
-        self, images: Tensor, masks: Tensor, local_crops: list[Tensor]
+        self, images: Tensor, masks: Tensor, masked: Tensor, local_crops: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Student's CLS features of the globals ``(N, D)``, CLS embeddings of all crops, of masked patches.
 
-        The masked globals are one forward, the local crops one per size, the head one for all rows; with
-        BatchNorm it is one for CLS tokens and one for all patches, as in the teacher.
+        Masked globals and local crops are one pass over the backbone's weights, the head is one for all
+        rows; with BatchNorm it is one for CLS tokens and one for all patches, as in the teacher.
+
+        Args:
+            images: global crops ``(N, 3, H, W)``.
+            masks: bool ``(N, P)``.
+            masked: int64 ``(M,)``, where ``masks`` is true, in row-major order.
+            local_crops: tensors ``(B, 3, s, s)``.
         """
-        tokens = backbones.forward_tokens(
-            self.backbone, images, masks=masks, mask_token=self.mask_token
-        )
-        features = tokens[:, 0]
-        cls = torch.cat([features, *forward_by_size(self.student_features, local_crops)])
-        patches = self.patch_tokens(tokens, images)
+        first = Crops(images, masks, self.mask_token)
+        tokens, features = tokens_and_features(self.backbone, first, local_crops)
+        cls = torch.cat(features)
+        patches = self.patch_tokens(tokens, images).flatten(0, 1)
         if self.settings.use_bn_in_head:
-            masked = self.head(patches.flatten(0, 1))[masks.flatten()]
-            return features, self.head(cls), masked
-        embeddings = self.head(torch.cat([cls, patches[masks]]))
-        return features, embeddings[: len(cls)], embeddings[len(cls) :]
+            return features[0], self.head(cls), self.head(patches).index_select(0, masked)
+        embeddings = self.head(torch.cat([cls, patches.index_select(0, masked)]))
+        return features[0], embeddings[: len(cls)], embeddings[len(cls) :]
 
     def distillation_loss(self, crops: list[Tensor]) -> DistillationOutput:
         """``lambda1`` times DINO's loss on CLS plus ``lambda2`` times the masked-image loss."""
@@ -177,17 +182,21 @@ class IBOT(DINOMultiCrop):
         views = self.num_large_crops
         images = torch.cat(crops[:views])
         masks = self.draw_masks(images)
+        chosen = masks.flatten().nonzero().squeeze(1)  # once: a GPU is waited for to know how many
 
         teacher_features, teacher_cls, teacher_patches = self.teacher_tokens(images)
         prototypes = self.momentum_head.last_layer
         patch_temperature = self.teacher_patch_temperature()
         cls_targets = self.cls_targets(teacher_cls)
         masked_targets = patch_targets(
-            self.patch_centering, prototypes, teacher_patches[masks.flatten()], patch_temperature
+            self.patch_centering,
+            prototypes,
+            teacher_patches.index_select(0, chosen),
+            patch_temperature,
         )
         update_patch_center(self.patch_centering, prototypes, teacher_patches, patch_temperature)
 
-        features, cls, masked = self.student_embeddings(images, masks, crops[views:])
+        features, cls, masked = self.student_embeddings(images, masks, chosen, crops[views:])
         cls = cls.unflatten(0, (len(crops), -1))
         cls_loss = dino_loss(
             cls,
@@ -196,7 +205,12 @@ class IBOT(DINOMultiCrop):
             s.student_temperature,
         )
         patch_loss = ibot_patch_loss(
-            masked, self.head.last_layer, masked_targets, masks, s.student_temperature
+            masked,
+            self.head.last_layer,
+            masked_targets,
+            masks,
+            s.student_temperature,
+            chosen=chosen,
         )
         temperature = self.teacher_temperature()
         self.last_step = StepRecord(  # of CLS: it is what log K and the alarms speak of

@@ -14,9 +14,11 @@ from dinovmf_plugin.core import vit as backbones
 from dinovmf_plugin.core.centering import make_centering
 from dinovmf_plugin.core.heads import ProjectionHead
 from dinovmf_plugin.core.masking import kept_patches
+from dinovmf_plugin.core.packing import Crops
 from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.msn import msn_loss, msn_targets
-from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation, forward_by_size
+from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation
+from dinovmf_plugin.methods.crops import features_of_crops, tokens_and_features
 from dinovmf_plugin.methods.settings import MethodSettings, check_range, check_vit
 from dinovmf_plugin.training.config import count_devices
 from dinovmf_plugin.training.records import StepRecord
@@ -136,7 +138,7 @@ class MSN(SelfDistillation):
     @torch.no_grad()
     def teacher_targets(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Targets ``(B, K)``, embeddings ``(B, p)`` and features ``(B, D)`` of the target view."""
-        features = self.pooled(self.momentum_backbone, target)
+        (features,) = features_of_crops(self.momentum_backbone, [target])
         embeddings = self.momentum_head(features)
         targets = msn_targets(
             self.centering, self.prototypes, embeddings, self.teacher_temperature()
@@ -149,15 +151,10 @@ class MSN(SelfDistillation):
         target, anchor, *focal = crops
         targets, teacher, teacher_features = self.teacher_targets(target)
 
-        tokens = backbones.forward_tokens(
-            self.backbone, anchor, keep=self.draw_kept_patches(anchor)
-        )
+        # the head per size: anchors and focal crops have BatchNorm statistics of their own
+        first = Crops(anchor, keep=self.draw_kept_patches(anchor))
+        tokens, views = tokens_and_features(self.backbone, first, focal, each=self.head)
         features = tokens[:, 0]
-        # the head per size, too: anchors and focal crops have BatchNorm statistics of their own
-        views = [
-            self.head(features),
-            *forward_by_size(lambda x: self.head(self.student_features(x)), focal),
-        ]
         anchors = torch.stack(views)
         cross_entropy, gap = msn_loss(anchors, self.prototypes, targets, s.student_temperature)
         self.last_step = StepRecord(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dinovmf_plugin.core import vit as backbones
 from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.core.vmf import log_normalizer
-from dinovmf_plugin.methods.base import forward_by_size
+from dinovmf_plugin.methods.crops import forward_by_size
 from dinovmf_plugin.methods.dino import DINOMultiCrop, DINOvMF
 
 CELLS = [(n, c) for n in ("none", "l2", "vmf") for c in ("logit", "probability", "sinkhorn")]

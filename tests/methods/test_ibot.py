@@ -235,7 +235,9 @@ def test_batch_norm__cls_and_patches_apart_alike_in_student_and_teacher(
     images = torch.cat(make_crops()[1][:2])
     _, cls, patches = module.teacher_tokens(images)
     masks = torch.zeros(8, 16, dtype=torch.bool)
-    _, student_cls, masked = module.student_embeddings(images, masks, [])
+    _, student_cls, masked = module.student_embeddings(
+        images, masks, masks.flatten().nonzero().squeeze(1), []
+    )
     torch.testing.assert_close(student_cls, cls)
     assert masked.shape == (0, 8)
     with torch.no_grad():  # a mask that changes nothing but what is looked at
@@ -243,7 +245,9 @@ def test_batch_norm__cls_and_patches_apart_alike_in_student_and_teacher(
         expected = module.head(tokens[:, 1:].flatten(0, 1))
     torch.testing.assert_close(patches, expected)
     masks[::3, 5] = True
-    _, student_cls, masked = module.student_embeddings(images, masks, [])
+    _, student_cls, masked = module.student_embeddings(
+        images, masks, masks.flatten().nonzero().squeeze(1), []
+    )
     assert masked.shape == (3, 8)
     assert not torch.allclose(student_cls, cls)
 

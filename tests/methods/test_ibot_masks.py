@@ -13,14 +13,22 @@ from dinovmf_plugin.core import vit as backbones
 
 @pytest.mark.parametrize("name", ["vit_tiny", "vit_small"])
 def test_mask_token__stands_before_the_positions_in_the_hosts_own_vits(
-    tiny_cfg, make_crops, build, name
+    tiny_cfg, make_crops, build, monkeypatch, name
 ):
     module = build(tiny_cfg("ibot", **{"backbone.name": name, "backbone.kwargs.patch_size": 8}))
     for parameter in (module.mask_token, module.backbone.pos_embed):
         torch.nn.init.normal_(parameter)
     masks, seen = torch.rand(8, 16) < 0.4, []
     module.draw_masks = lambda images: masks
-    module.backbone.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    embed = backbones.embed
+
+    def spy(vit, *arguments):
+        tokens = embed(vit, *arguments)
+        if vit is module.backbone:
+            seen.append(tokens)
+        return tokens
+
+    monkeypatch.setattr(backbones, "embed", spy)
     _, crops, _ = make_crops()
     module.distillation_loss(crops)
     patches = module.backbone.patch_embed.proj(torch.cat(crops[:2])).flatten(2).transpose(1, 2)

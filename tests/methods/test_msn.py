@@ -200,17 +200,16 @@ def test_views__target_to_the_teacher_anchors_to_the_student(
     msn_cfg, make_crops, build, monkeypatch
 ):
     module = build(msn_cfg())
-    seen, forward = [], backbones.forward_tokens
+    seen, embed = [], backbones.embed
 
-    def spy(vit, images, **kwargs):
-        keep = kwargs.get("keep")
+    def spy(vit, images, masks=None, mask_token=None, keep=None):
         seen.append((vit is module.backbone, images, None if keep is None else len(keep)))
-        return forward(vit, images, **kwargs)
+        return embed(vit, images, masks, mask_token, keep)
 
-    monkeypatch.setattr(backbones, "forward_tokens", spy)
+    monkeypatch.setattr(backbones, "embed", spy)
     _, crops, _ = make_crops(batch=4, small=3)
     module.distillation_loss(crops)
-    teacher, anchor, focal = seen  # one forward of each size
+    teacher, anchor, focal = seen  # one batch of each size
     assert (teacher[0], teacher[2]) == (False, None)
     assert torch.equal(teacher[1], crops[0])
     assert (anchor[0], anchor[2]) == (True, math.floor(0.85 * 16))
