@@ -8,7 +8,7 @@ Example::
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dinovmf_plugin.runs.cli import one_clear_message
 
@@ -18,9 +18,9 @@ from dinovmf_plugin.runs.cli import one_clear_message
 def main(cfg: DictConfig) -> None:
     """Analyse and print the numbers of Table 4."""
     from dinovmf_plugin.analysis.run import AnalysisSettings, analyze, format_analysis
+    from dinovmf_plugin.runs.settings import read
 
-    settings = AnalysisSettings.from_config(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    print(format_analysis(analyze(settings)))
+    print(format_analysis(analyze(read(AnalysisSettings, cfg))))
 
 
 if __name__ == "__main__":

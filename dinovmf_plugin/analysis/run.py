@@ -207,11 +207,10 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         FileNotFoundError: if the checkpoint or a folder is missing.
         ValueError: if a setting, the checkpoint, an image or the output folder cannot be used.
     """
-    settings.check()
     device = pick_device(settings.device)
     data = settings.data
     train = find_images(
-        str(data.train_path),
+        data.train_path,
         "data.train_path",
         fraction=data.fraction,
         skip_unreadable=data.skip_unreadable,
@@ -237,15 +236,15 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         num_heads=settings.num_heads,
         device=device,
     )
-    model = load(str(settings.checkpoint))
-    others = {name: load(path) for name, path in settings.compare.items()}
+    model = load(settings.checkpoint)
+    others = {name: load(path) for name, path in settings.others.items()}
     name = settings.name or model.settings.method
     if name in others:
         raise ValueError(f"compare has a model of the same name {name!r}: set name to another one")
     mixture = make_mixture(model, settings.weights)
     digests = {key: file_digest(path) for key, path in _files(settings).items()}
     # Only now: what cannot be analysed must not bind the folder to itself.
-    folder = open_run_folder(str(settings.output_dir), {**settings.identity(), "sha256": digests})
+    folder = open_run_folder(settings.output_dir, {**settings.identity(), "sha256": digests})
 
     measured, found, hits = _measure(settings, model, sets)
     scored, summary = score_images(
@@ -301,7 +300,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
 def _files(settings: AnalysisSettings) -> dict[str, Path]:
     from dinovmf_plugin.checkpoints.reading import resolve_file
 
-    named = {"checkpoint": str(settings.checkpoint), **settings.compare}
+    named = {"checkpoint": settings.checkpoint, **settings.others}
     return {key: resolve_file(path) for key, path in named.items()}
 
 

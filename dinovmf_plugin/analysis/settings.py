@@ -1,167 +1,135 @@
-"""What ``scripts/analyze.py`` can be told; configs/analyze.yaml explains every key."""
+"""What ``scripts/analyze.py`` can be told."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt
 
 from dinovmf_plugin.analysis.measurements import WEIGHTS
-from dinovmf_plugin.analysis.tables import check_table_format
-from dinovmf_plugin.runs.settings import build
+from dinovmf_plugin.analysis.tables import TABLE_FORMATS, check_table_format
+from dinovmf_plugin.features.settings import Interpolation, NetworkSource, ReadingSettings, Side
+from dinovmf_plugin.runs.bounds import AtLeastOne, Count, Fraction, OneOf, Path, Positive, Whole
+from dinovmf_plugin.runs.settings import Doc, Settings
 
-__all__ = [
-    "AnalysisSettings",
-    "AttentionSettings",
-    "DataSettings",
-    "GallerySettings",
-    "PrecisionSettings",
-    "UtilizationSettings",
-]
+__all__ = ["AnalysisSettings", "DataSettings"]
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low:
-        raise ValueError(f"{name}={value} must be at least {low}")
-
-
-@dataclass(frozen=True)
-class DataSettings:
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(ReadingSettings):
     """Images and how they are read."""
 
-    train_path: str | None = None
-    val_path: str | None = None
-    fraction: float = -1
-    crop_size: int | None = None
-    resize: int | None = None
-    interpolation: str = "bicubic"
-    batch_size: int = 64
-    num_workers: int = 4
-    skip_unreadable: bool = False
+    train_path: Annotated[Path, Doc("one folder per class, or a plain folder of images")]
+    val_path: Annotated[
+        Path | None, Doc("images of the same classes, for Figure 2 and the outliers")
+    ] = None
+    fraction: Annotated[
+        Fraction | Literal[-1], Doc("share of the images, the same of every class; -1: all")
+    ] = -1
+    crop_size: Annotated[
+        Side | None, Doc("side of the center crop; null: what the backbone was made for")
+    ] = None
+    resize: Annotated[
+        Count | None, Doc("shorter side before the crop; null: crop_size * 256 / 224")
+    ] = None
+    interpolation: Interpolation = "bicubic"
+
+    def check(self) -> None:
+        """Refuse a crop that is larger than the resized image."""
+        if self.crop_size and self.resize and self.crop_size > self.resize:
+            raise ValueError(f"crop_size={self.crop_size} must be at most resize={self.resize}")
 
 
 @dataclass(frozen=True)
-class UtilizationSettings:
+class UtilizationSettings(Settings):
     """The sweep of cosine thresholds."""
 
-    thresholds: list[float] = field(default_factory=lambda: [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
-    components: bool = True
+    thresholds: Annotated[
+        Sequence[Annotated[float, Ge(-1), Lt(1)]],
+        AtLeastOne,
+        Doc("cosines above which two prototypes are duplicates"),
+    ] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+    components: Annotated[
+        bool, Doc("count connected components too, as a check of the greedy cover")
+    ] = True
 
 
 @dataclass(frozen=True)
-class PrecisionSettings:
+class PrecisionSettings(Settings):
     """kNN accuracy by percentile of the prototypes' norms."""
 
-    bins: int = 10
-    k: int = 10
-    temperature: float = 0.07
+    bins: Annotated[Count, Doc("percentile ranges of the validation images")] = 10
+    k: Annotated[Count, Doc("neighbors")] = 10
+    temperature: Annotated[Positive, Doc("of the vote")] = 0.07
 
 
 @dataclass(frozen=True)
-class GallerySettings:
+class GallerySettings(Settings):
     """Sheets of images."""
 
-    components: int = 60
-    images: int = 10
-    outliers: int = 30
-    size: int = 96
+    components: Annotated[
+        Whole, Doc("most used components in gallery.html, the first 8 also in analysis.html")
+    ] = 60
+    images: Annotated[Whole, Doc("images of each")] = 10
+    outliers: Annotated[Whole, Doc("least and most likely images")] = 30
+    size: Annotated[int, Ge(16), Doc("side of a thumbnail in pixels")] = 96
 
 
 @dataclass(frozen=True)
-class AttentionSettings:
+class AttentionSettings(Settings):
     """Attention maps of the last block."""
 
-    images: int = 8
-    path: str | None = None
+    images: Annotated[Whole, Doc("images with attention maps, evenly spaced; 0: none")] = 8
+    path: Annotated[
+        Path | None,
+        Doc("a folder of which all images get maps; null: data.val_path, else data.train_path"),
+    ] = None
 
 
-@dataclass(frozen=True)
-class AnalysisSettings:
-    """Everything; see configs/analyze.yaml."""
+@dataclass(frozen=True, kw_only=True)
+class AnalysisSettings(NetworkSource):
+    """Everything that ``scripts/analyze.py`` can be told.
 
-    checkpoint: str | None = None
-    output_dir: str | None = None
-    data: DataSettings = field(default_factory=DataSettings)
-    which: Literal["teacher", "student"] = "teacher"
-    model_name: str | None = None
-    num_heads: int | None = None
-    name: str | None = None
-    compare: Mapping[str, str] = field(default_factory=dict)
-    weights: str = "model"
-    table: str = "csv"
+    Raises:
+        ValueError: naming the key, its value and what would be right.
+        ImportError: for ``table=parquet`` without pyarrow.
+    """
+
+    output_dir: Annotated[Path, Doc("a new or empty folder, or that of a run of the same settings")]
+    data: DataSettings
+    name: Annotated[str | None, Doc("name in tables and figures; null: the method's")] = None
+    compare: Annotated[
+        Mapping[str, Path] | None,
+        Doc("other checkpoints in the same tables: {DINO: dino.pth, iBOT: ibot.pth}"),
+    ] = None
+    weights: Annotated[
+        str,
+        OneOf(WEIGHTS),
+        Doc("mixture proportions: of the model's own softmax, uniform, or of the stored center"),
+    ] = "model"
+    table: Annotated[
+        str, OneOf(TABLE_FORMATS), Doc("of images.* and components.*; parquet needs pyarrow")
+    ] = "csv"
     utilization: UtilizationSettings = field(default_factory=UtilizationSettings)
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     gallery: GallerySettings = field(default_factory=GallerySettings)
     attention: AttentionSettings = field(default_factory=AttentionSettings)
-    device: str = "auto"
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> AnalysisSettings:
-        """Read plain containers, as hydra resolves them.
-
-        Raises:
-            ValueError: for a key that does not exist, or a value of another type.
-
-        Example:
-            >>> AnalysisSettings.from_config({"data": {"train_path": "photos"}}).data.train_path
-            'photos'
-        """
-        parts = {
-            "data": DataSettings,
-            "utilization": UtilizationSettings,
-            "precision": PrecisionSettings,
-            "gallery": GallerySettings,
-            "attention": AttentionSettings,
-        }
-        values = dict(config)
-        for key, kind in parts.items():
-            values[key] = build(kind, values.get(key) or {}, f"{key}.")
-        values["compare"] = values.get("compare") or {}
-        settings: AnalysisSettings = build(cls, values, "")
-        return settings
+    device: Annotated[str, Doc("auto, cpu, cuda, cuda:1 ...")] = "auto"
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything is read.
-
-        Raises:
-            ValueError: naming the key, its value and what would be right.
-            ImportError: for ``table=parquet`` without pyarrow.
-        """
-        for key, value in (
-            ("checkpoint", self.checkpoint),
-            ("output_dir", self.output_dir),
-            ("data.train_path", self.data.train_path),
-        ):
-            if not value:
-                raise ValueError(f"{key}={value!r} must be set to a path")
-        for key, value, choices in (
-            ("which", self.which, ("teacher", "student")),
-            ("weights", self.weights, WEIGHTS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(choices)}")
+        """Refuse Parquet without pyarrow."""
         check_table_format(self.table)
-        thresholds = self.utilization.thresholds
-        if not thresholds or any(not -1 <= value < 1 for value in thresholds):
-            raise ValueError(
-                f"utilization.thresholds={list(thresholds)} must be cosines in [-1, 1), such as [0.9]"
-            )
-        _at_least("data.batch_size", self.data.batch_size, 1)
-        _at_least("data.num_workers", self.data.num_workers, 0)
-        _at_least("precision.bins", self.precision.bins, 1)
-        _at_least("precision.k", self.precision.k, 1)
-        if not self.precision.temperature > 0:
-            raise ValueError(
-                f"precision.temperature={self.precision.temperature} must be greater than 0"
-            )
-        for item in fields(self.gallery):
-            low = 16 if item.name == "size" else 0
-            _at_least(f"gallery.{item.name}", getattr(self.gallery, item.name), low)
-        _at_least("attention.images", self.attention.images, 0)
+
+    @property
+    def others(self) -> Mapping[str, str]:
+        """Further checkpoints by name."""
+        return self.compare or {}
 
     def identity(self) -> dict[str, Any]:
         """What the results depend on: all but where and how fast they are made."""
-        out = asdict(self)
+        out = asdict(self) | {"compare": dict(self.others)}
         for key in ("output_dir", "device"):
             del out[key]
         for key in ("batch_size", "num_workers"):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinovmf_plugin.analysis.embedding import Images, assign, embed, find_images, load_model
@@ -22,6 +21,7 @@ from dinovmf_plugin.analysis.tables import save_table
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.mixture.model import VMFMixture, prototype_mixture
 from dinovmf_plugin.mixture.utilization import utilization
+from dinovmf_plugin.runs.settings import read
 
 CROP = CenterCrop(resize=18, size=16)
 
@@ -29,7 +29,7 @@ CROP = CenterCrop(resize=18, size=16)
 def configured(*overrides):
     with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
         cfg = compose("analyze", overrides=list(overrides))
-    return AnalysisSettings.from_config(OmegaConf.to_container(cfg, resolve=True))
+    return read(AnalysisSettings, cfg)
 
 
 class Checker(HTMLParser):
@@ -279,16 +279,17 @@ def test_unreadable_images__are_named_or_left_out(image_folders, tmp_path):
 def test_bad_settings__are_named_before_anything_is_read(overrides, words):
     given = ["checkpoint=x.ckpt", "output_dir=out", "data.train_path=y"] if overrides else []
     with pytest.raises(ValueError, match=words):
-        configured(*given, *overrides).check()
+        configured(*given, *overrides)
 
 
 def test_unknown_keys__are_refused():
-    with pytest.raises(ValueError, match=r"gallery\.rows"):
-        AnalysisSettings.from_config({"gallery": {"rows": 3}})
-    with pytest.raises(ValueError, match="checkpiont"):
-        AnalysisSettings.from_config({"checkpiont": "x"})
+    given = {"checkpoint": "x", "output_dir": "y", "data": {"train_path": "z"}}
+    with pytest.raises(ValueError, match=r"gallery\.rows is no known key: known keys are"):
+        read(AnalysisSettings, given | {"gallery": {"rows": 3}})
+    with pytest.raises(ValueError, match="checkpiont is no known key: did you mean checkpoint?"):
+        read(AnalysisSettings, {"checkpiont": "x"})
     with pytest.raises(ValueError, match=r"utilization\.thresholds=0\.9 must be a list of numbers"):
-        AnalysisSettings.from_config({"utilization": {"thresholds": 0.9}})
+        read(AnalysisSettings, given | {"utilization": {"thresholds": 0.9}})
 
 
 def test_bad_checkpoint__does_not_claim_the_folder(tmp_path, image_folders):

@@ -13,6 +13,7 @@ from dinovmf_plugin.analysis.measurements import make_mixture
 from dinovmf_plugin.analysis.run import AnalysisSettings, analyze
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.mixture.model import prototype_mixture
+from dinovmf_plugin.runs.settings import read
 
 CROP = CenterCrop(resize=18, size=16)
 
@@ -44,7 +45,7 @@ def test_images__are_normalised_as_in_training(plugin_checkpoint, image_folders,
         "attention": {"images": 1},
         "device": "cpu",
     }
-    result = analyze(AnalysisSettings.from_config(given))
+    result = analyze(read(AnalysisSettings, given))
     cifar = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     assert (result["mean"], result["std"]) == cifar
     assert result["comparison"]["ImageNet"]["mean"] == (0.485, 0.456, 0.406)

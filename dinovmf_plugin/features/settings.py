@@ -1,0 +1,46 @@
+"""What every command that looks at a frozen network asks for: the network, and how images are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from dinovmf_plugin.data.recipe import INTERPOLATIONS
+from dinovmf_plugin.runs.bounds import Count, OneOf, Path, Whole
+from dinovmf_plugin.runs.settings import Doc, Settings
+
+__all__ = ["Interpolation", "NetworkSource", "ReadingSettings", "Side"]
+
+Interpolation = Annotated[str, OneOf(INTERPOLATIONS), Doc("of the resizing")]
+Side = Annotated[Count, Doc("side of the center crop in pixels")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSource(Settings):
+    """Where a frozen network comes from."""
+
+    checkpoint: Annotated[
+        Path,
+        Doc(
+            "training .ckpt, official .pth, .safetensors or exported folder; random:TIMM_NAME "
+            "(untrained) or pixels where a baseline makes sense"
+        ),
+    ]
+    which: Annotated[
+        Literal["teacher", "student"], Doc("of its two networks; the papers evaluate the teacher")
+    ] = "teacher"
+    model_name: Annotated[
+        str | None, Doc("vit_tiny .. vit_huge, where the number of heads cannot be inferred")
+    ] = None
+    num_heads: Annotated[Count | None, Doc("attention heads, for other sizes")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingSettings(Settings):
+    """How images are read."""
+
+    batch_size: Annotated[Count, Doc("images per forward pass")] = 64
+    num_workers: Annotated[Whole, Doc("processes (DALI: threads) that read images")] = 4
+    skip_unreadable: Annotated[
+        bool, Doc("leave out images that cannot be read, instead of stopping")
+    ] = False
