@@ -108,6 +108,53 @@ def test_log_normalizer__shape__even_zero_at_zero_decreasing(order):
     assert bool((value.flatten().diff() < 0).all())
 
 
+@pytest.mark.parametrize("dim", [*range(3, 16)])
+def test_log_normalizer__below_16_dimensions__exact_for_every_order(dim):
+    kappa = np.array([0.0, 1e-6, 0.1, 0.6, 3, 14.3, 100, 2000, 1e5])
+    given = torch.tensor(kappa, requires_grad=True)
+    value = vmf.log_normalizer(given, dim)
+    (gradient,) = torch.autograd.grad(value.sum(), given)
+    exact = np.array([float(mp_log_normalizer(k, dim)) for k in kappa])
+    np.testing.assert_allclose(value.detach().numpy(), exact, rtol=1e-7, atol=1e-15)
+    ratio = np.array([float(mp_mean_resultant_length(k, dim)) if k else 0.0 for k in kappa])
+    np.testing.assert_allclose(-gradient.numpy(), ratio, rtol=1e-7, atol=1e-15)
+    for order in (1, 2):
+        assert torch.equal(vmf.log_normalizer(given, dim, order=order), value)
+    float32 = vmf.log_normalizer(torch.tensor(kappa).float(), dim)
+    assert float32.dtype == torch.float32
+    np.testing.assert_allclose(float32.numpy(), exact, rtol=1e-6, atol=1e-15)
+
+
+@pytest.mark.parametrize("dim", [3, 4])
+def test_log_normalizer__few_dimensions__gradcheck(dim):
+    kappa = torch.tensor([-3.0, 0.0, 0.7, 20.0, 300.0], dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda k: vmf.log_normalizer(k, dim), kappa)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("dim", [*range(3, 40), 64, 127, 256, 1024, 4096])
+def test_log_normalizer__every_dimension__decreasing_in_the_absolute_value(dim, order):
+    kappa = torch.cat([torch.logspace(-4, 5, 400), torch.linspace(0.01, 20, 400)]).double().sort()[0]
+    kappa.requires_grad_()
+    value = vmf.log_normalizer(kappa, dim, order=order)
+    (gradient,) = torch.autograd.grad(value.sum(), kappa)
+    assert bool((value.detach().diff() < 0).all())
+    assert bool((gradient < 0).all())
+    # the slope is that of the mean's length: within 2 % for the paper's order, closer above
+    exact = vmf.mean_resultant_length(kappa.detach(), dim)
+    assert float(((gradient + exact) / exact).abs().max()) < {0: 2.1e-2, 1: 3.3e-3, 2: 5e-4}[order]
+    torch.testing.assert_close(vmf.log_normalizer(-kappa, dim, order=order), value)
+
+
+@pytest.mark.parametrize("dim", [3, 16, 17, 256])
+def test_log_normalizer__largest_concentrations__finite(dim):
+    kappa = torch.tensor([1e10, 1e30, 3e38], requires_grad=True)  # weights over a temperature of 1e-6
+    value = vmf.log_normalizer(kappa, dim)
+    (gradient,) = torch.autograd.grad(value.sum(), kappa)
+    assert bool(value.isfinite().all())
+    torch.testing.assert_close(gradient, -torch.ones(3))
+
+
 def test_log_normalizer__small_dimension__finite_gradient_at_zero():
     kappa = torch.zeros(3, requires_grad=True)
     (gradient,) = torch.autograd.grad(vmf.log_normalizer(kappa, 3, order=2).sum(), kappa)
