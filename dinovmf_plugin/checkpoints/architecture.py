@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from dinovmf_plugin.core import vit as backbones
 
-__all__ = ["ViTShape", "build_vit", "infer_shape", "known_heads", "resize_position_embedding"]
+__all__ = [
+    "ViTShape",
+    "arguments_of",
+    "build_vit",
+    "check_vit_kwargs",
+    "infer_shape",
+    "known_heads",
+    "resize_position_embedding",
+    "told_arguments",
+]
 
 # width -> (name, heads) of the field's standard sizes; solo-learn calls them vit_tiny .. vit_large
 _STANDARD = {
@@ -23,6 +32,26 @@ _STANDARD = {
     768: ("vit_base", 12, 12),
     1024: ("vit_large", 16, 24),
     1280: ("vit_huge", 16, 32),
+}
+# arguments of timm's ViT: read off the tensors or off the config, or without effect on a trained network
+_READ = {"img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"}
+_READ |= {"qkv_bias", "init_values", "pre_norm", "qk_norm", "no_embed_class", "reg_tokens"}
+_WITHOUT_EFFECT = {"drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"}
+_WITHOUT_EFFECT |= {"drop_path_rate", "dynamic_img_size", "num_classes", "weight_init", "fix_init"}
+# those with one value that the CLS token after the final norm, the feature of every method here, allows
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "class_token": (True,),
+    "global_pool": ("token",),
+    "final_norm": (True,),
+    "fc_norm": (None, False),
+    "patch_drop_rate": (0,),
+    "dynamic_img_pad": (False,),
+    "pos_embed": ("learn",),
+    "proj_bias": (True,),
+    "scale_attn_norm": (False,),
+    "scale_mlp_norm": (False,),
+    "embed_norm_layer": (None,),
+    "pool_include_prefix": (False,),
 }
 _WIDTHS = {name: width for width, (name, _, _) in _STANDARD.items()}
 
@@ -42,6 +71,10 @@ class ViTShape:
         qkv_bias: whether the attention's input projection has a bias.
         layer_scale: whether blocks scale their branches (LayerScale).
         heads_from: where ``num_heads`` was found.
+        pre_norm: whether a LayerNorm stands before the blocks (and the patches' projection has no bias).
+        qk_norm: whether queries and keys are normalised.
+        reg_tokens: register tokens beside CLS.
+        no_embed_class: whether only patches have position embeddings.
     """
 
     embed_dim: int
@@ -54,6 +87,10 @@ class ViTShape:
     qkv_bias: bool
     layer_scale: bool
     heads_from: str
+    pre_norm: bool = False
+    qk_norm: bool = False
+    reg_tokens: int = 0
+    no_embed_class: bool = False
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -72,6 +109,10 @@ class ViTShape:
     @property
     def model_args(self) -> dict[str, Any]:
         """Keyword arguments that turn ``architecture`` (or the bare class) into this shape."""
+        unusual = {
+            name: getattr(self, name)
+            for name in ("pre_norm", "qk_norm", "reg_tokens", "no_embed_class")
+        }
         return {
             "img_size": list(self.img_size),
             "patch_size": list(self.patch_size),
@@ -82,6 +123,7 @@ class ViTShape:
             "mlp_ratio": self.mlp_ratio,
             "qkv_bias": self.qkv_bias,
             "init_values": 1e-5 if self.layer_scale else None,
+            **{name: value for name, value in unusual.items() if value},
         }
 
     @property
@@ -106,6 +148,56 @@ def _select(config: Mapping[str, Any], *path: str) -> Any:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def told_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the ViT that a file's config tells: a run's ``backbone.kwargs``, timm's ``model_args``."""
+    found: dict[str, Any] = {}
+    for path in (("backbone", "kwargs"), ("model_args",)):
+        part = _select(config, *path)
+        found |= dict(part) if isinstance(part, Mapping) else {}
+    return found
+
+
+def arguments_of(vit: Any) -> dict[str, Any]:
+    """Arguments of a ViT that its tensors' shapes do not tell, read off the network itself."""
+    size = vit.patch_embed.img_size
+    return {
+        "img_size": None if size is None else list(size),
+        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
+        "qk_norm": not isinstance(vit.blocks[0].attn.q_norm, nn.Identity),
+        "no_embed_class": bool(vit.no_embed_class),
+    }
+
+
+def check_vit_kwargs(kwargs: Mapping[str, Any], key: str = "backbone.kwargs") -> None:
+    """Refuse arguments of timm's ViT with which the CLS feature would be another than is computed here.
+
+    Args:
+        kwargs: arguments of ``timm.models.VisionTransformer``.
+        key: where they stand, for the message.
+
+    Raises:
+        ValueError: naming the first such argument and what would be right.
+
+    Example:
+        >>> check_vit_kwargs({"patch_size": 8, "global_pool": "avg"})
+        Traceback (most recent call last):
+        ValueError: backbone.kwargs.global_pool='avg' is not supported: ... which needs 'token'
+    """
+    for name, value in kwargs.items():
+        if name in _READ | _WITHOUT_EFFECT:
+            continue
+        if name not in _FIXED:
+            raise ValueError(
+                f"{key}.{name}={value!r} is not supported: no stored weight tells of it, so that a "
+                "loaded network could have other features than the trained one; leave it out"
+            )
+        if value not in _FIXED[name]:
+            raise ValueError(
+                f"{key}.{name}={value!r} is not supported: the feature here is the CLS token after the "
+                f"final norm, which needs {_FIXED[name][0]!r}"
+            )
 
 
 def known_heads(embed_dim: int, config: Mapping[str, Any]) -> tuple[int, str] | None:
@@ -151,17 +243,29 @@ def _heads(
     return heads, origin
 
 
-def _grid(tokens: int, patch_size: tuple[int, int], config: Mapping[str, Any]) -> tuple[int, int]:
+def _grid(
+    tokens: int,
+    patch_size: tuple[int, int],
+    config: Mapping[str, Any],
+    img_size: tuple[int, int] | None,
+) -> tuple[int, int]:
+    """What the file's config says, then the wished size, then a square: 16 patches may be 8 x 2."""
+    input_size = _select(config, "pretrained_cfg", "input_size")
+    told = (
+        told_arguments(config).get("img_size"),
+        input_size[1:] if input_size else None,
+        img_size,
+    )
+    for size in told:
+        height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        if not isinstance(height, int) or not isinstance(width, int):
+            continue
+        rows, cols = height // patch_size[0], width // patch_size[1]
+        if rows * cols == tokens:
+            return rows, cols
     side = math.isqrt(tokens)
     if side * side == tokens:
         return side, side
-    size = _select(config, "model_args", "img_size") or _select(
-        config, "backbone", "kwargs", "img_size"
-    )
-    if isinstance(size, list | tuple) and len(size) == 2:
-        rows, cols = int(size[0]) // patch_size[0], int(size[1]) // patch_size[1]
-        if rows * cols == tokens:
-            return rows, cols
     raise ValueError(
         f"{tokens} patch position embeddings make no square grid, and the file's config has no "
         "img_size (height, width) that they fit"
@@ -174,6 +278,7 @@ def infer_shape(
     *,
     model_name: str | None = None,
     num_heads: int | None = None,
+    img_size: tuple[int, int] | None = None,
 ) -> ViTShape:
     """Read the architecture of a ViT off its tensors' shapes.
 
@@ -184,9 +289,11 @@ def infer_shape(
         model_name: ``vit_tiny``, ``vit_small``, ``vit_base``, ``vit_large`` or ``vit_huge`` (a longer
             timm name that starts so is fine); checked against the width, and gives the heads.
         num_heads: overrides every other source.
+        img_size: pixels (height, width) that the grid has where the config does not tell and they fit.
 
     Raises:
-        ValueError: if the tensors are no plain ViT, or the number of heads or the grid stays open.
+        ValueError: if the tensors are no plain ViT, the number of heads or the grid stays open, or the
+            config names an argument whose effect is unknown here.
 
     Example:
         >>> vit = VisionTransformer(embed_dim=192, depth=1, num_heads=3, num_classes=0, img_size=32)
@@ -194,6 +301,7 @@ def infer_shape(
         'ViT/16 (width 192, depth 1, 3 heads from the standard size, grid 2x2)'
     """
     config = config or {}
+    check_vit_kwargs(told_arguments(config), "its config's backbone.kwargs")
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
     absent = [name for name in (*needed, "blocks.0.mlp.fc1.weight") if name not in tensors]
     if absent:
@@ -217,17 +325,26 @@ def infer_shape(
             "are missing"
         )
     heads, heads_from = _heads(embed_dim, config, model_name, num_heads)
+    told = told_arguments(config)
+    registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
+    no_embed_class = bool(told.get("no_embed_class"))
+    prefix = 0 if no_embed_class else 1 + registers
     return ViTShape(
         embed_dim=embed_dim,
         depth=len(numbers),
         num_heads=heads,
         mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         patch_size=patch_size,
-        grid=_grid(pos.shape[1] - 1, patch_size, config),
+        grid=_grid(pos.shape[1] - prefix, patch_size, config, img_size),
         in_chans=conv.shape[1],
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         layer_scale="blocks.0.ls1.gamma" in tensors,
         heads_from=heads_from,
+        # only where the file says so: such networks of others differ in what no tensor tells, too
+        pre_norm=bool(told.get("pre_norm")),
+        qk_norm=bool(told.get("qk_norm")),
+        reg_tokens=registers,
+        no_embed_class=no_embed_class,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from dinovmf_plugin.backbones import PositionResampling
 from dinovmf_plugin.checkpoints.reading import read_file, resolve_file
 
 __all__ = ["Source", "StoredWeights", "Which", "read_weights"]
@@ -31,6 +32,7 @@ class StoredWeights:
         backbone: tensors of the Vision Transformer.
         head: tensors of the projection head (``mlp.*``, ``last_layer.*``, ``last_layer2.*``).
         config: settings stored with the weights (resolved config, ``args``, or ``config.json``).
+        mask_token: what iBOT's student puts in the place of masked patches, ``(1, 1, D)``.
     """
 
     path: Path
@@ -39,6 +41,17 @@ class StoredWeights:
     backbone: dict[str, Tensor]
     head: dict[str, Tensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    mask_token: Tensor | None = None
+
+    @property
+    def position_resampling(self) -> PositionResampling:
+        """The rule by which the method that wrote the weights resamples position embeddings."""
+        own = self.config.get("dinovmf_plugin")
+        if isinstance(own, Mapping) and "position_resampling" in own:
+            return "msn" if own["position_resampling"] == "msn" else "dino"
+        method = str(self.config.get("method", ""))
+        ours = self.source == "dinovmf_plugin" and method.startswith("msn")
+        return "msn" if ours or self.source == "msn" else "dino"
 
 
 def _tensors(mapping: Any) -> dict[str, Tensor]:
@@ -132,13 +145,26 @@ def _lightning(path: Path, content: dict[str, Any], which: Which) -> StoredWeigh
         *(("momentum_backbone.", "momentum_encoder.") if teacher else ("backbone.", "encoder.")),
     )
     if not backbone:
-        other = "student" if teacher else "teacher"
-        raise ValueError(f"{path} holds no {which} backbone: try which={other!r}")
+        raise ValueError(f"{path} holds no {which} backbone{_instead(tensors, teacher)}")
     head = _head_names(_below(tensors, "momentum_head." if teacher else "head."))
     if head and "last_layer.weight_v" not in head:  # MSN: one set of prototypes for both networks
         head |= {f"last_layer.{k}": v for k, v in _below(tensors, "prototypes.").items()}
     source: Source = "dinovmf_plugin" if isinstance(own, dict) else "solo"
-    return StoredWeights(path, source, which, _backbone_names(backbone), head, config)
+    mask_token = None if teacher else tensors.get("mask_token")
+    names = _backbone_names(backbone)
+    return StoredWeights(path, source, which, names, head, config, mask_token)
+
+
+def _instead(tensors: Mapping[str, Tensor], teacher: bool) -> str:
+    """What to try with a Lightning checkpoint that has no such network."""
+    names = ("backbone.", "encoder.") if teacher else ("momentum_backbone.", "momentum_encoder.")
+    if {"cls_token", "pos_embed"} <= set(_below(tensors, *names)):
+        return f": try which={'student' if teacher else 'teacher'!r}"
+    parts = ", ".join(list(dict.fromkeys(name.split(".")[0] for name in tensors))[:6])
+    return (
+        f" under solo-learn's names (backbone.*, momentum_backbone.*); its parts are {parts or 'none'}: "
+        "save the state dict of the Vision Transformer alone, under timm's names, and use that"
+    )
 
 
 def _student_teacher(path: Path, content: dict[str, Any], which: Which) -> StoredWeights:
@@ -152,13 +178,16 @@ def _student_teacher(path: Path, content: dict[str, Any], which: Which) -> Store
         "last_layer2" in name or name.endswith("masked_embed") for net in networks for name in net
     )
     args = content.get("args")
+    backbone = _backbone_names(_below(tensors, "backbone."))
+    masked = backbone.get("masked_embed")
     return StoredWeights(
         path,
         "ibot" if ibot else "dino",
         which,
-        _backbone_names(_below(tensors, "backbone.")),
+        backbone,
         _head_names(_below(tensors, "head.")),
         dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
+        None if masked is None else masked.reshape(1, 1, -1),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +12,19 @@ from torch import Tensor, nn
 
 from dinovmf_plugin.checkpoints.architecture import (
     ViTShape,
+    arguments_of,
     build_vit,
     infer_shape,
     known_heads,
     resize_position_embedding,
+    told_arguments,
 )
 from dinovmf_plugin.checkpoints.heads import with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
 from dinovmf_plugin.checkpoints.report import LoadReport
 from dinovmf_plugin.core import vit as backbones
 
-__all__ = ["MIN_COVERAGE", "backbone_from", "initialize_from", "load_backbone"]
-
-MIN_COVERAGE = 0.95
+__all__ = ["backbone_from", "initialize_from", "load_backbone"]
 
 
 def _fit(
@@ -59,7 +58,7 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _load(
     stored: StoredWeights, module: nn.Module, tensors: Mapping[str, Tensor], model_name: str
 ) -> LoadReport:
-    """Copy the tensors that fit; refuse if too few do, warn if not all do."""
+    """Copy the tensors; refuse what would leave the features other than those of the stored network."""
     fitting, missing, unexpected, mismatched = _fit(module, tensors)
     report = LoadReport(
         path=stored.path,
@@ -71,15 +70,13 @@ def _load(
         unexpected=unexpected,
         mismatched=mismatched,
     )
-    if report.coverage < MIN_COVERAGE:
+    if misfits := report.misfits():
         raise ValueError(
-            f"{stored.path} was refused: only {report.coverage:.1%} of the backbone's tensors match, "
-            f"{MIN_COVERAGE:.0%} are needed\n{report}"
+            f"{stored.path} was refused: {misfits}; with {report.coverage:.1%} of the tensors of "
+            f"{model_name} the features would be those of another network"
         )
     _check_finite(stored.path, fitting)
     module.load_state_dict(fitting, strict=False)
-    if report.coverage < 1:
-        warnings.warn(f"not every tensor was loaded\n{report}", stacklevel=3)
     return report
 
 
@@ -91,16 +88,21 @@ def backbone_from(
     img_size: int | tuple[int, int] | None = None,
 ) -> tuple[VisionTransformer, LoadReport, ViTShape]:
     """``load_backbone`` for weights that are read already, with the shape; same errors."""
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     try:
         shape = infer_shape(
-            stored.backbone, stored.config, model_name=model_name, num_heads=num_heads
+            stored.backbone,
+            stored.config,
+            model_name=model_name,
+            num_heads=num_heads,
+            img_size=size,
         )
     except ValueError as error:
         raise ValueError(f"{stored.path}: {error}") from error
     vit = build_vit(shape)
+    backbones.resample_positions_as(vit, stored.position_resampling)
     report = _load(stored, vit, stored.backbone, str(shape))
-    if img_size is not None:
-        size = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if size is not None:
         resized = replace(
             shape, grid=(size[0] // shape.patch_size[0], size[1] // shape.patch_size[1])
         )
@@ -112,6 +114,7 @@ def backbone_from(
         if resized.grid != shape.grid:
             state = vit.state_dict() | {"pos_embed": resize_position_embedding(vit, size)}
             vit = build_vit(resized)
+            backbones.resample_positions_as(vit, stored.position_resampling)
             vit.load_state_dict(state)
             old, shape = shape.grid, resized
             report = replace(report, model_name=str(resized), resized=(old, shape.grid))
@@ -139,17 +142,19 @@ def load_backbone(
         model_name: ``vit_tiny`` .. ``vit_huge``, when the number of heads cannot be inferred.
         num_heads: number of attention heads, for other sizes.
         img_size: pixels of a side (or height, width) to resample the position embeddings for. Not
-            needed for ``backbones.forward_tokens``, which takes any size.
+            needed for ``backbones.forward_tokens``, which takes any size. A bare state dict that has as
+            many position embeddings as this size has patches was made for it (8 x 2, not 4 x 4).
 
     Returns:
         The network in eval mode, float32, without classifier (``vit(images)`` gives the CLS feature
-        ``(B, D)`` of images of its own size), and the report of matched, missing and unexpected
-        tensors. Up to 5 % of missing or unexpected tensors are tolerated with a warning.
+        ``(B, D)`` of images of its own size), and the report. Only what is beside the path to the
+        features (classifiers, mask tokens, decoders) may be left over.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated, corrupt, holds code, is no plain Vision Transformer, holds no
-            such network, or matches less than 95 %; the message carries the report.
+            such network, or a tensor on the path to the features is missing, left over or of another
+            shape, which is named.
 
     Example:
         >>> import tempfile, torch
@@ -172,21 +177,24 @@ def initialize_from(
     head: nn.Module | None,
     path: str | Path,
     which: Which = "teacher",
+    mask_token: nn.Parameter | None = None,
 ) -> LoadReport:
     """Start a training from stored weights (``method_kwargs.init_from``).
 
-    The backbone must match; its position embeddings are resampled to the network's grid. Of the head
-    every tensor is taken that has the right shape, so that another number of prototypes keeps the
-    MLP and starts new prototypes.
+    The backbone must match, every tensor of it; its position embeddings are resampled to the network's
+    grid. Of the head every tensor is taken that has the right shape, so that another number of
+    prototypes keeps the MLP and starts new prototypes.
 
     Args:
         backbone: timm-style ViT to fill.
         head: projection head to fill, or None.
         path: see ``load_backbone``.
         which: ``teacher`` or ``student``.
+        mask_token: ``(1, 1, D)``, to be filled with that of iBOT's student; None leaves it out.
 
     Returns:
-        The report; ``head_skipped`` names the head tensors that keep their initial values.
+        The report; ``head_skipped`` names the head tensors that keep their initial values, and
+        ``mask_token`` says what became of the file's.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -204,11 +212,12 @@ def initialize_from(
             f"init_from={path} has {known[0]} attention heads (from {known[1]}), but the backbone has "
             f"{heads}"
         )
+    told = {**arguments_of(backbone), **told_arguments(stored.config)}
+    stored = replace(stored, config={**stored.config, "model_args": told})
     source, source_report, _ = backbone_from(stored, num_heads=heads)
     state = source.state_dict()
     tensors = {name: state[name] for name in source_report.matched}
-    old = tuple(source.patch_embed.grid_size)
-    new = tuple(backbone.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+    old, new = backbones.position_grid(source), backbones.position_grid(backbone)
     if old != new:
         patch_h, patch_w = source.patch_embed.patch_size
         tensors["pos_embed"] = resize_position_embedding(
@@ -220,6 +229,12 @@ def initialize_from(
         unexpected=(*source_report.unexpected, *report.unexpected),
         resized=(old, new) if old != new else None,
     )
+    if stored.mask_token is not None:
+        if mask_token is not None:
+            with torch.no_grad():
+                mask_token.copy_(stored.mask_token)
+        done = "left out: this network masks nothing" if mask_token is None else "taken"
+        report = replace(report, mask_token=done)
     if head is None:
         return report
     fitting, missing, unexpected, mismatched = _fit(head, with_head(stored).head)

@@ -31,6 +31,7 @@ class LoadReport:
         head_matched: projection-head tensors that were loaded (``initialize_from``).
         head_skipped: projection-head tensors that were not, with the reason.
         resized: ``(rows, columns)`` of the position embeddings before and after resampling.
+        mask_token: what became of the file's mask token (``initialize_from``); empty if it has none.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class LoadReport:
     head_matched: tuple[str, ...] = ()
     head_skipped: tuple[str, ...] = ()
     resized: tuple[tuple[int, int], tuple[int, int]] | None = None
+    mask_token: str = ""
 
     @property
     def coverage(self) -> float:
@@ -51,6 +53,16 @@ class LoadReport:
         wanted = len(self.matched) + len(self.missing) + len(self.mismatched)
         extra = sum(not name.startswith(HARMLESS) for name in self.unexpected)
         return len(self.matched) / max(1, wanted + extra)
+
+    def misfits(self) -> str:
+        """In words, the tensors on the path to the features that do not fit; empty if all do."""
+        extra = tuple(name for name in self.unexpected if not name.startswith(HARMLESS))
+        groups = (
+            ("it lacks", self.missing),
+            ("the network has no place for its", extra),
+            ("it has another shape of", self.mismatched),
+        )
+        return "; ".join(f"{what} {_some(names)}" for what, names in groups if names)
 
     def __str__(self) -> str:
         lines = [
@@ -66,6 +78,8 @@ class LoadReport:
             lines.append(f"  head        {len(self.head_matched)} tensors matched")
         if self.head_skipped:
             lines.append(f"  head left   {len(self.head_skipped)}: {_some(self.head_skipped)}")
+        if self.mask_token:
+            lines.append(f"  mask token  {self.mask_token}")
         if self.resized is not None:
             (rows, cols), (new_rows, new_cols) = self.resized
             lines.append(
@@ -76,5 +90,5 @@ class LoadReport:
 
 _NAMELESS = ("  the file holds one nameless network: the choice of teacher or student is ignored",)
 
-HARMLESS = ("masked_embed", "mask_token", "head.", "fc.", "pred.")
+HARMLESS = ("masked_embed", "mask_token", "head.", "fc.", "pred.", "classifier.", "decoder")
 """Names a file may hold beside its backbone without changing the features: mask tokens, classifiers."""

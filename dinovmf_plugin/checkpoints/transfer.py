@@ -47,12 +47,6 @@ def _head(stored: StoredWeights) -> tuple[dict[str, Tensor], HeadSettings]:
     }, settings
 
 
-def _check_complete(report: LoadReport) -> None:
-    """A file that others will load must not hold initial values in the guise of weights."""
-    if report.missing or report.mismatched:
-        raise ValueError(f"not written: the backbone is incomplete\n{report}")
-
-
 def _check_config(path: Path) -> None:
     """Never replace a ``config.json`` that belongs to something else, not even with --overwrite."""
     if not path.exists():
@@ -121,7 +115,6 @@ def import_weights(
     vit, report, shape = backbone_from(
         stored, model_name=model_name, num_heads=num_heads, img_size=img_size
     )
-    _check_complete(report)
     complete = with_head(stored)
     head = _head(complete) if complete.head else None
     config = timm_config(shape, stored, head[1] if head else None)
@@ -190,7 +183,6 @@ def export_weights(
     vit, report, shape = backbone_from(
         stored, model_name=model_name, num_heads=num_heads, img_size=img_size
     )
-    _check_complete(report)
     head = _head(with_head(stored)) if with_projection_head else None
     config = timm_config(shape, stored, head[1] if head else None)
     if torchscript:

@@ -108,6 +108,7 @@ def timm_config(
         "source": stored.source,
         "which": stored.which,
         "file": stored.path.name,
+        "position_resampling": stored.position_resampling,
     }
     previous = stored.config.get("dinovmf_plugin")
     if stored.source == "timm" and isinstance(previous, Mapping):

@@ -8,20 +8,25 @@ if any), CLS first.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
+    "PositionResampling",
     "disable_drop_path",
     "forward_tokens",
     "intermediate_tokens",
     "is_vit",
     "last_attention",
     "patch_grid",
+    "position_grid",
+    "resample_positions_as",
 ]
+
+PositionResampling = Literal["dino", "msn"]
 
 
 def is_vit(backbone: nn.Module) -> bool:
@@ -53,28 +58,72 @@ def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
     return rows, cols
 
 
+def resample_positions_as(vit: nn.Module, rule: PositionResampling) -> None:
+    """Let every function of this module resample the position embeddings of ``vit`` by a published rule.
+
+    Bicubic without antialiasing in both. ``dino`` (the default; DINO and iBOT) adds 0.1 cells to the
+    target in the scale factor, against rounding (dino issue 8); ``msn`` takes the plain ratio of the
+    sides, ``sqrt(n / N)`` in MSN's square crops. At 14 x 14 to 6 x 6 the embeddings differ by 28 %.
+
+    Raises:
+        ValueError: if the rule is unknown.
+    """
+    if rule not in get_args(PositionResampling):
+        raise ValueError(f"rule={rule!r} is unknown: choose one of {get_args(PositionResampling)}")
+    vit.position_resampling = rule  # type: ignore[assignment]
+
+
+def position_grid(vit: Any) -> tuple[int, int]:
+    """Rows and columns of the patches that the position embeddings of ``vit`` were made for.
+
+    Its own ``patch_embed.grid_size`` where that fits their number, a square otherwise.
+
+    Raises:
+        ValueError: if neither fits.
+
+    Example:
+        >>> from timm.models import VisionTransformer
+        >>> vit = VisionTransformer(img_size=(64, 16), patch_size=8, embed_dim=12, depth=1, num_heads=1)
+        >>> position_grid(vit)  # not 4 x 4
+        (8, 2)
+    """
+    patches = vit.pos_embed.shape[1] - _position_prefix(vit)
+    own = vit.patch_embed.grid_size
+    if own is not None and own[0] * own[1] == patches:
+        return int(own[0]), int(own[1])
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(
+            f"{patches} patch position embeddings fit neither the network's grid of {own} nor a square"
+        )
+    return side, side
+
+
+def _position_prefix(vit: Any) -> int:
+    return 0 if getattr(vit, "no_embed_class", False) else int(vit.num_prefix_tokens)
+
+
 def _position_embedding(vit: Any, rows: int, cols: int) -> tuple[Tensor | None, Tensor]:
     """(prefix, patch) position embeddings for a grid: ``(1, P, D)`` or None, ``(1, rows*cols, D)``.
 
-    Bicubic without antialiasing, by scale factor with 0.1 cells added against rounding, as the
-    official DINO backbone resizes them (dino issue 8); timm's own resampling antialiases, which
-    differs visibly when a 14 x 14 grid shrinks to 6 x 6.
+    By the network's rule (``resample_positions_as``); timm's own resampling antialiases, which differs
+    visibly when a 14 x 14 grid shrinks to 6 x 6.
     """
     pos = vit.pos_embed
-    prefix_len = 0 if getattr(vit, "no_embed_class", False) else int(vit.num_prefix_tokens)
+    prefix_len = _position_prefix(vit)
     prefix = pos[:, :prefix_len] if prefix_len else None
     patches = pos[:, prefix_len:]
-    side = math.isqrt(patches.shape[1])
-    base_rows, base_cols = (
-        (side, side) if side * side == patches.shape[1] else tuple(vit.patch_embed.grid_size)
-    )
+    base_rows, base_cols = position_grid(vit)
     if (rows, cols) == (base_rows, base_cols):
         return prefix, patches
     grid = patches.reshape(1, base_rows, base_cols, -1).permute(0, 3, 1, 2)
-    scale = ((rows + 0.1) / base_rows, (cols + 0.1) / base_cols)
+    # without a scale factor torch takes the plain ratio of the sides, and no side can round down
+    plain = getattr(vit, "position_resampling", "dino") == "msn"
+    scale = None if plain else ((rows + 0.1) / base_rows, (cols + 0.1) / base_cols)
+    size = (rows, cols) if plain else None
     with torch.autocast(grid.device.type, enabled=False):
-        grid = F.interpolate(grid.float(), scale_factor=scale, mode="bicubic").to(patches.dtype)
-    return prefix, grid.flatten(2).transpose(1, 2)
+        grid = F.interpolate(grid.float(), size=size, scale_factor=scale, mode="bicubic")
+    return prefix, grid.to(patches.dtype).flatten(2).transpose(1, 2)
 
 
 def embed(

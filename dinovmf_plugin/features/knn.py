@@ -46,15 +46,20 @@ def vote_ranks(
     Returns:
         ``{k: (Q,) int64}``; a query without a class in the bank has rank ``num_classes``.
     """
-    weights = (similarities.double() / temperature).exp()
-    votes = weights.new_zeros((len(weights), num_classes))
-    classes = torch.arange(num_classes, device=votes.device)
+    similarities = similarities.double()
+    # votes as logarithms, log sum exp per class around its own nearest: no temperature is too small
+    nearest = similarities.new_full((len(similarities), num_classes), -torch.inf)
+    total = torch.zeros_like(nearest)
+    classes = torch.arange(num_classes, device=nearest.device)
     known = query_classes >= 0
     target = query_classes.clamp(min=0)[:, None]
     ranks, done = {}, 0
     for k in ks:
-        votes.scatter_add_(1, neighbour_classes[:, done:k], weights[:, done:k])
+        new, members = similarities[:, done:k], neighbour_classes[:, done:k]
+        nearest.scatter_reduce_(1, members, new, "amax")  # descending: a class keeps its first
+        total.scatter_add_(1, members, ((new - nearest.gather(1, members)) / temperature).exp())
         done = k
+        votes = nearest / temperature + total.log()
         own = votes.gather(1, target)
         before = (votes > own) | ((votes == own) & (classes < target))
         ranks[k] = torch.where(known, before.sum(dim=1), num_classes)

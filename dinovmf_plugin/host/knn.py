@@ -56,7 +56,8 @@ def _compute(self: Any) -> tuple[float, float]:
     for query, label in zip(queries.split(chunk), labels.split(chunk), strict=True):
         similarity = query @ bank.T if cosine else 1 / (torch.cdist(query, bank) + self.epsilon)
         similarity, index = similarity.topk(k)
-        weight = (similarity / self.T).exp() if cosine else similarity
+        # relative to the nearest one's, so that a small temperature cannot overflow
+        weight = ((similarity - similarity[:, :1]) / self.T).exp() if cosine else similarity
         votes: Tensor = torch.zeros(len(query), num_classes, device=bank.device)
         votes.scatter_add_(1, bank_labels[index], weight)
         heaviest, classes = votes.topk(min(5, num_classes))

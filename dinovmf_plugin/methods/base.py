@@ -152,7 +152,8 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
 
         file, which = self.settings.init_from, self.settings.init_which
         try:
-            report = initialize_from(self.backbone, self.projection(), file, which=which)
+            token = getattr(self, "mask_token", None)  # of methods that mask patches
+            report = initialize_from(self.backbone, self.projection(), file, which, token)
         except (FileNotFoundError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"method_kwargs.init_from={file}: {error}") from error

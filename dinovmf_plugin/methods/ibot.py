@@ -102,7 +102,6 @@ class IBOT(DINOMultiCrop):
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         s = self.settings
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.features_dim))
         self.mask_sampler = s.mask_sampler()
         self.patch_centering = make_centering(
             s.centering,
@@ -117,6 +116,11 @@ class IBOT(DINOMultiCrop):
         """Check what lies outside ``method_kwargs``."""
         super().check_config(cfg)
         check_vit(cfg)
+
+    def initialize_from_checkpoint(self) -> None:
+        """Make the mask token, then start as the others do."""
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.features_dim))
+        super().initialize_from_checkpoint()
 
     def named_parameter_groups(self) -> dict[str, Any]:
         """Group name -> named parameters that the optimiser gets."""

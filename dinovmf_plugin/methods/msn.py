@@ -74,6 +74,8 @@ class MSN(SelfDistillation):
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         s = self.settings
+        for network in (self.backbone, self.momentum_backbone):
+            backbones.resample_positions_as(network, "msn")
         self.head = self.make_head()
         self.momentum_head = self.make_head()
         self.initialize_teacher()

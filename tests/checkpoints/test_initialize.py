@@ -1,5 +1,7 @@
 """Going on from imported weights, and the files of real training runs."""
 
+import re
+
 import pytest
 import torch
 from timm.models import VisionTransformer
@@ -70,7 +72,7 @@ def test_initialize_from_refuses_other_networks(original, tmp_path):
     path = save(tmp_path, original.ViT().state_dict())
     vit = small_vit(embed_dim=64)
     before = vit.pos_embed.detach().clone()
-    with pytest.raises(ValueError, match=r"was refused: only .* of the backbone's tensors match"):
+    with pytest.raises(ValueError, match=r"was refused: it has another shape of "):
         initialize_from(vit, None, path)
     torch.testing.assert_close(vit.pos_embed.data, before, rtol=0, atol=0)
     wide = VisionTransformer(embed_dim=192, depth=1, num_heads=3, num_classes=0)
@@ -81,18 +83,67 @@ def test_initialize_from_refuses_other_networks(original, tmp_path):
         initialize_from(torch.nn.Linear(2, 2), None, path)
 
 
-def test_initialize_from_leaves_what_the_file_lacks(original, tmp_path):
+def test_initialize_from_refuses_what_does_not_fit_by_name(original, tmp_path):
     state = original.shake(original.ViT(depth=4), 1).state_dict()
-    del state["blocks.1.mlp.fc1.bias"]
-    state["blocks.3.mlp.fc1.bias"] = torch.zeros(3)
     vit = small_vit(depth=4)
     before = {name: value.clone() for name, value in vit.state_dict().items()}
-    with pytest.warns(UserWarning, match="not every tensor was loaded"):
-        report = initialize_from(vit, None, save(tmp_path, state))
-    assert len(report.matched) == len(state) - 1
-    after = vit.state_dict()
-    unchanged = {name for name in after if torch.equal(before[name], after[name])}
-    assert unchanged == {"blocks.1.mlp.fc1.bias", "blocks.3.mlp.fc1.bias"}
+    del state["blocks.1.mlp.fc1.bias"]
+    with pytest.raises(ValueError, match=r"it lacks blocks\.1\.mlp\.fc1\.bias; .* 98\.1%"):
+        initialize_from(vit, None, save(tmp_path, state))
+    state["blocks.1.mlp.fc1.bias"] = torch.zeros(3)
+    with pytest.raises(
+        ValueError, match=r"another shape of blocks\.1\.mlp\.fc1\.bias \(file \(3,\)"
+    ):
+        initialize_from(vit, None, save(tmp_path, state))
+    assert all(torch.equal(before[name], value) for name, value in vit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"patch_size": 16}, "patch_embed.proj.weight"),
+        ({"in_chans": 1}, "patch_embed.proj.weight"),
+        ({"patch_size": (8, 16)}, "patch_embed.proj.weight"),
+        ({"depth": 11}, "blocks.11.norm1.weight"),
+        ({"mlp_ratio": 3.0}, "blocks.0.mlp.fc1.weight"),
+        ({"init_values": 0.1}, "blocks.0.ls1.gamma"),
+        ({"reg_tokens": 2}, "reg_token"),
+        ({"pre_norm": True}, "norm_pre.weight"),
+        ({"global_pool": "avg"}, "fc_norm.weight"),
+    ],
+)
+def test_initialize_from_another_network_is_refused_by_name(tmp_path, arguments, named):
+    sizes = {"depth": 12, "embed_dim": 192, "num_heads": 3}
+    path = save(tmp_path, small_vit(**sizes | arguments).state_dict())
+    with pytest.raises(ValueError, match=re.escape(named)):
+        initialize_from(small_vit(**sizes), None, path)
+
+
+@torch.no_grad()
+def test_initialize_from_asks_the_network_for_what_no_tensor_tells(original, tmp_path):
+    arguments = {"pre_norm": True, "qk_norm": True, "no_embed_class": True, "img_size": (64, 16)}
+    source = original.shake(small_vit(**arguments), 4)
+    target = small_vit(**arguments)
+    initialize_from(target, None, save(tmp_path, source.state_dict()))
+    for name, value in target.state_dict().items():
+        torch.testing.assert_close(value, source.state_dict()[name], rtol=0, atol=0)
+
+
+def test_init_from_ibots_student_takes_the_mask_token_for_ibot_alone(
+    original, tiny_cfg, build, tmp_path
+):
+    vit = VisionTransformer(embed_dim=192, num_heads=3, img_size=32, patch_size=16, num_classes=0)
+    student = original.prefixed("backbone.", vit)
+    student["backbone.masked_embed"] = torch.randn(1, 192)
+    path = save(tmp_path, {"student": student, "teacher": original.prefixed("backbone.", vit)})
+    overrides = {"backbone.name": "vit_tiny", "method_kwargs.init_from": str(path)}
+    build(tiny_cfg("dino_multicrop", **overrides, **{"method_kwargs.init_which": "student"}))
+    report = initialize_from(vit, None, path, "student")
+    assert "mask token  left out: this network masks nothing" in str(report)
+    for which, expected in (("student", student["backbone.masked_embed"]), ("teacher", 0)):
+        cfg = tiny_cfg("ibot", **overrides, **{"method_kwargs.init_which": which})
+        token = build(cfg).mask_token.detach()
+        torch.testing.assert_close(token, torch.zeros(1, 1, 192) + expected, rtol=0, atol=0)
 
 
 # --- real training runs ----------------------------------------------------------------------

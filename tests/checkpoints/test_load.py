@@ -1,5 +1,7 @@
 """Backbones of every published layout give the original network's features."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -162,27 +164,141 @@ def test_other_networks_are_refused(tmp_path):
         load_backbone(save(tmp_path, {"epoch": 3}))
 
 
-def test_too_few_matching_tensors_are_refused_with_the_report(original, tmp_path):
+def test_tensors_that_do_not_fit_are_refused_by_name(original, tmp_path):
     state = original.ViT(depth=4).state_dict()
     few = {k: v for k, v in state.items() if ".norm2." not in k}
-    with pytest.raises(
-        ValueError, match=r"(?s)only 85\.2%.*95% are needed\n.*missing     8: blocks\.0"
-    ):
+    with pytest.raises(ValueError, match=r"it lacks blocks\.0\.norm2\.weight.*85\.2%"):
         load_backbone(save(tmp_path, few), num_heads=2)
     foreign = state | {f"blocks.{i}.attn.q_norm.weight": torch.ones(16) for i in range(4)}
-    with pytest.raises(ValueError, match=r"unexpected  4: blocks\.0\.attn\.q_norm\.weight"):
+    with pytest.raises(ValueError, match=r"no place for its blocks\.0\.attn\.q_norm\.weight"):
         load_backbone(save(tmp_path, foreign), num_heads=2)
     narrow = state | {f"blocks.{i}.mlp.fc1.weight": torch.ones(3, 32) for i in (1, 2, 3)}
-    with pytest.raises(ValueError, match=r"mismatched  3: .*file \(3, 32\), network \(128, 32\)"):
+    with pytest.raises(ValueError, match=r"another shape of .*file \(3, 32\), network \(128, 32\)"):
         load_backbone(save(tmp_path, narrow), num_heads=2)
 
 
-def test_one_missing_tensor_is_a_warning_that_names_it(original, tmp_path):
+@pytest.mark.parametrize("name", ["norm.bias", "cls_token", "pos_embed", "blocks.1.mlp.fc2.bias"])
+def test_one_missing_tensor_is_refused_by_name(original, tmp_path, name):
     state = original.ViT(depth=4).state_dict()
-    del state["norm.bias"]
-    with pytest.warns(UserWarning, match=r"missing     1: norm\.bias"):
-        _, report = load_backbone(save(tmp_path, state), num_heads=2)
-    assert report.missing == ("norm.bias",)
+    del state[name]
+    with pytest.raises(ValueError, match=re.escape(name)) as error:
+        load_backbone(save(tmp_path, state), num_heads=2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"pre_norm": True}, "norm_pre.weight"),  # as CLIP has it
+        ({"global_pool": "avg"}, "fc_norm.weight"),
+        ({"final_norm": False}, "norm.weight"),
+        ({"qk_norm": True}, "blocks.0.attn.q_norm.weight"),
+        ({"scale_attn_norm": True}, "blocks.0.attn.norm.weight"),
+        ({"proj_bias": False}, "blocks.0.attn.proj.bias"),
+    ],
+)
+def test_parts_that_no_plain_vit_has_are_refused_by_name(tmp_path, arguments, named):
+    """Under any tolerance: 2 tensors of 150 turned the features to a cosine of 0.28."""
+    sizes = {"embed_dim": 192, "num_heads": 3, "patch_size": 8, "img_size": 32, "num_classes": 0}
+    source = VisionTransformer(**sizes, **arguments)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        load_backbone(save(tmp_path, source.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pre_norm": True},
+        {"qk_norm": True, "init_values": 0.1},
+        {"no_embed_class": True},
+        {"reg_tokens": 3},
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"img_size": [64, 16]},
+    ],
+)
+@torch.no_grad()
+def test_arguments_that_the_config_tells_give_the_trained_features(original, tmp_path, arguments):
+    sizes = {"embed_dim": 192, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": 32}
+    source = original.shake(VisionTransformer(**{**sizes, **arguments}, num_classes=0), 5).eval()
+    config = {"backbone": {"name": "vit_tiny", "kwargs": {"patch_size": 8, **arguments}}}
+    state = {f"momentum_backbone.{k}": v for k, v in source.state_dict().items()}
+    content = {"state_dict": state, "dinovmf_plugin": {"cfg": config}}
+    vit, report = load_backbone(save(tmp_path, content, "run.ckpt"))
+    size = arguments.get("img_size", [32, 32])
+    pictures = torch.randn(2, 3, *size)
+    wanted = source.forward_features(pictures)[:, 0]
+    torch.testing.assert_close(forward_tokens(vit, pictures)[:, 0], wanted, **TOLERANCE)
+    torch.testing.assert_close(vit(pictures), wanted, **TOLERANCE)
+    assert (report.missing, report.unexpected) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"act_layer": "quick_gelu"},
+            r"kwargs\.act_layer='quick_gelu' is not supported: no stored weight",
+        ),
+        ({"global_pool": "avg"}, r"kwargs\.global_pool='avg' is not supported: .* needs 'token'"),
+    ],
+)
+def test_arguments_that_no_tensor_tells_are_refused(original, tmp_path, arguments, message):
+    state = {f"momentum_backbone.{k}": v for k, v in original.ViT().state_dict().items()}
+    config = {"backbone": {"name": "vit_tiny", "kwargs": arguments}}
+    path = save(tmp_path, {"state_dict": state, "dinovmf_plugin": {"cfg": config}}, "run.ckpt")
+    with pytest.raises(ValueError, match=message):
+        load_backbone(path, num_heads=2)
+
+
+@torch.no_grad()
+def test_a_rectangular_grid_with_a_square_number_of_patches(original, tmp_path):
+    """8 x 2 patches are not 4 x 4: the config, then the asked size, then the square."""
+    sizes = {"embed_dim": 192, "depth": 2, "num_heads": 3, "patch_size": 8, "img_size": (64, 16)}
+    source = original.shake(VisionTransformer(**sizes, num_classes=0), 6).eval()
+    path = save(tmp_path, source.state_dict())
+    vit, report = load_backbone(path, img_size=(64, 16))
+    assert (vit.patch_embed.grid_size, report.resized) == ((8, 2), None)
+    pictures = torch.randn(2, 3, 64, 16)
+    torch.testing.assert_close(vit(pictures), source(pictures), **TOLERANCE)
+    torch.testing.assert_close(forward_tokens(vit, pictures)[:, 0], source(pictures), **TOLERANCE)
+    assert load_backbone(path)[0].patch_embed.grid_size == (4, 4)
+    named = {
+        "state_dict": source.state_dict(),
+        "config": {"pretrained_cfg": {"input_size": [3, 64, 16]}},
+    }
+    assert load_backbone(save(tmp_path, named))[0].patch_embed.grid_size == (8, 2)
+
+
+@torch.no_grad()
+def test_msn_files_resample_positions_by_the_plain_ratio(original, tmp_path):
+    nets, content = original.msn()
+    path = save(tmp_path, content, "m.pth.tar")
+    vit, _ = load_backbone(path, num_heads=2, img_size=48)
+    pos = nets["teacher"][0].pos_embed
+    grid = pos[0, 1:].T.reshape(1, -1, 4, 4)
+    wanted = torch.nn.functional.interpolate(grid, scale_factor=6 / 4, mode="bicubic")
+    torch.testing.assert_close(vit.pos_embed[:, 1:], wanted.flatten(2).transpose(1, 2), **TOLERANCE)
+
+
+def test_names_of_another_framework_are_not_told_to_try_the_student(original, tmp_path):
+    """Lightly's checkpoints: student_backbone.*, teacher_backbone.*"""
+    vit = original.ViT().state_dict()
+    state = {f"{net}_backbone.{k}": v for net in ("student", "teacher") for k, v in vit.items()}
+    path = save(tmp_path, {"state_dict": state, "pytorch-lightning_version": "2.0"}, "a.ckpt")
+    for which in ("teacher", "student"):
+        with pytest.raises(
+            ValueError, match="its parts are student_backbone, teacher_backbone"
+        ) as e:
+            load_backbone(path, which=which)
+        assert "try which" not in str(e.value)
+    resnet = {"backbone.0.weight": torch.zeros(8, 3, 7, 7)}
+    path = save(tmp_path, {"state_dict": resnet, "pytorch-lightning_version": "2.0"}, "a.ckpt")
+    with pytest.raises(ValueError, match="holds no teacher backbone under solo-learn's names"):
+        load_backbone(path)
+    student = {f"backbone.{k}": v for k, v in vit.items()}
+    path = save(tmp_path, {"state_dict": student, "pytorch-lightning_version": "2.0"}, "a.ckpt")
+    with pytest.raises(ValueError, match="holds no teacher backbone: try which='student'"):
+        load_backbone(path)
 
 
 def test_diverged_weights_are_refused(original, tmp_path):

@@ -263,3 +263,45 @@ def test_disable_drop_path__teacher_is_deterministic_in_training_mode():
     torch.testing.assert_close(
         backbones.forward_tokens(vit, images), backbones.forward_tokens(vit.eval(), images)
     )
+
+
+# ---- grids and rules of the position embeddings ----------------------------------------------------
+
+
+def test_forward_tokens__8_by_2_patches__are_not_4_by_4():
+    vit = _vit(img_size=(64, 16), patch_size=8, dynamic_img_size=True)
+    assert backbones.position_grid(vit) == (8, 2)
+    images = _images(64, 16)
+    torch.testing.assert_close(backbones.forward_tokens(vit, images), vit.forward_features(images))
+    for height, width in ((32, 32), (64, 32), (128, 24)):
+        rows, cols = height // 8, width // 8
+        pos = vit.pos_embed.detach().double().numpy()[0, 1:].reshape(8, 2, -1)
+        wanted = _bicubic(pos, rows, cols, ((rows + 0.1) / 8, (cols + 0.1) / 2)).reshape(-1, 24)
+        _, found = backbones._position_embedding(vit, rows, cols)
+        np.testing.assert_allclose(found[0].detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_position_grid__neither_the_networks_nor_a_square__is_named():
+    vit = _vit()
+    vit.pos_embed = nn.Parameter(torch.zeros(1, 1 + 15, 24))
+    with pytest.raises(ValueError, match=r"15 patch position .* grid of \(4, 4\) nor a square"):
+        backbones.position_grid(vit)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(2, 2), (3, 3), (6, 6), (7, 7), (3, 7)])
+def test_position_rule__msn__is_the_plain_ratio_of_the_sides(rows, cols):
+    """MSN resizes by sqrt(n / N), n and N the numbers of patches, without DINO's tenth of a cell."""
+    vit = _vit()
+    pos = vit.pos_embed.detach().double().numpy()[0, 1:].reshape(4, 4, -1)
+    _, as_dino = backbones._position_embedding(vit, rows, cols)
+    backbones.resample_positions_as(vit, "msn")
+    _, found = backbones._position_embedding(vit, rows, cols)
+    if rows == cols:
+        ratio = (np.sqrt(rows * cols / 16),) * 2
+    else:
+        ratio = (rows / 4, cols / 4)
+    wanted = _bicubic(pos, rows, cols, ratio).reshape(-1, 24)
+    np.testing.assert_allclose(found[0].detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
+    assert float((found - as_dino).norm() / found.norm()) > 0.01
+    with pytest.raises(ValueError, match="rule='ibot' is unknown"):
+        backbones.resample_positions_as(vit, "ibot")

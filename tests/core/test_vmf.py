@@ -134,7 +134,9 @@ def test_log_normalizer__few_dimensions__gradcheck(dim):
 @pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("dim", [*range(3, 40), 64, 127, 256, 1024, 4096])
 def test_log_normalizer__every_dimension__decreasing_in_the_absolute_value(dim, order):
-    kappa = torch.cat([torch.logspace(-4, 5, 400), torch.linspace(0.01, 20, 400)]).double().sort()[0]
+    kappa = (
+        torch.cat([torch.logspace(-4, 5, 400), torch.linspace(0.01, 20, 400)]).double().sort()[0]
+    )
     kappa.requires_grad_()
     value = vmf.log_normalizer(kappa, dim, order=order)
     (gradient,) = torch.autograd.grad(value.sum(), kappa)
@@ -148,7 +150,9 @@ def test_log_normalizer__every_dimension__decreasing_in_the_absolute_value(dim, 
 
 @pytest.mark.parametrize("dim", [3, 16, 17, 256])
 def test_log_normalizer__largest_concentrations__finite(dim):
-    kappa = torch.tensor([1e10, 1e30, 3e38], requires_grad=True)  # weights over a temperature of 1e-6
+    kappa = torch.tensor(
+        [1e10, 1e30, 3e38], requires_grad=True
+    )  # weights over a temperature of 1e-6
     value = vmf.log_normalizer(kappa, dim)
     (gradient,) = torch.autograd.grad(value.sum(), kappa)
     assert bool(value.isfinite().all())

@@ -158,3 +158,28 @@ def test_two_processes_give_the_same_as_one(ddp):
     queries, query_labels = _clusters(41, 5, 13)
     one = knn_accuracy(bank, bank_labels, queries, query_labels, ks=[3, 20], temperature=0.07)
     assert ddp(_accuracy_on_a_rank) == [one, one]
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e-3, 1e-6, 1e-30])
+def test_small_temperatures_rank_classes_by_their_nearest_members(temperature):
+    """exp(1 / 1e-3) overflows: all votes were infinite, and the class index decided."""
+    bank, bank_labels = _clusters(300, 8, 0)
+    queries, query_labels = _clusters(60, 8, 1)
+    found = knn_accuracy(
+        bank, bank_labels, queries, query_labels, ks=[1, 20, 300], temperature=temperature
+    )
+    unit = torch.nn.functional.normalize
+    cosine = (unit(queries.double()) @ unit(bank.double()).T).numpy()
+    for k, scores in found.items():
+        top1 = top5 = 0
+        for row, label in zip(cosine, query_labels.tolist(), strict=True):
+            near = np.argsort(-row)[:k]
+            votes = {
+                c: np.logaddexp.reduce(row[near][bank_labels[near].numpy() == c] / temperature)
+                for c in set(bank_labels[near].tolist())
+            }
+            ranking = sorted(votes, key=lambda c: -votes[c])
+            top1 += ranking[0] == label
+            top5 += label in ranking[: min(5, k)]
+        assert scores == pytest.approx((100 * top1 / 60, 100 * top5 / 60))
+    assert found[300][0] > 30

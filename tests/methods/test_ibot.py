@@ -182,6 +182,7 @@ def test_fit__two_steps__equals_slow_loop(
         **{
             "max_epochs": 1,
             "method_kwargs.normalization": normalization,
+            "method_kwargs.proj_output_dim": 16,  # from here on D is the paper's expansion
             "method_kwargs.centering": centering,
             "method_kwargs.lambda1": 0.7,
             "method_kwargs.lambda2": 1.3,

@@ -161,6 +161,7 @@ def test_fit__eight_steps__equals_slow_loop(
             "optimizer.lr": 0.1,
             "momentum": {"base_tau": 0.9, "final_tau": 1.0},
             "method_kwargs.normalization": normalization,
+            "method_kwargs.proj_output_dim": 16,  # from here on D is the paper's expansion
             "method_kwargs.centering": centering,
             "method_kwargs.patch_drop": 0.3,
             "method_kwargs.me_max_weight": 0.7,
