@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from dinovmf_plugin.backbones import PositionResampling
 from dinovmf_plugin.checkpoints.reading import read_file, resolve_file
+from dinovmf_plugin.core.vit import PositionResampling
 
 __all__ = ["Source", "StoredWeights", "Which", "read_weights"]
 
