@@ -13,20 +13,26 @@ __all__ = ["BROKEN", "TRAINS", "outcome_of"]
 TRAINS = "trains"
 BROKEN = {
     "diverged": "the loss or a weight became NaN or infinite",
-    "uniform": "the outputs are uniform, the loss is pinned at log K",
+    "uniform": "the targets say next to nothing about the image, or the loss is pinned at log K",
     "one component": "one prototype is the target of nearly all images",
+    "information lost": "the targets say less than a quarter of what they once did",
     "below untrained": "kNN is worse than with the untrained backbone",
 }
 """How a run breaks, in the order in which it is looked for."""
 
 _RECORDS = 3
+_ALARMS = {
+    "uniform_collapse": "uniform",
+    "one_component_collapse": "one component",
+    "information_lost": "information lost",
+}
 
 
 def outcome_of(result: Mapping[str, Any], num_prototypes: int | None, k: int) -> str:
     """``trains``, or the first key of ``BROKEN`` that holds.
 
-    Uniform outputs and a single component are read off the last three records of the monitor, by the
-    criteria of ``analysis.alarms``.
+    What collapsed is read off the last three records of the monitor, by the criteria of
+    ``analysis.alarms``; a run that recovered trains.
 
     Args:
         result: with ``diverged``, ``monitor``, ``metrics`` and ``baselines``.
@@ -41,24 +47,17 @@ def outcome_of(result: Mapping[str, Any], num_prototypes: int | None, k: int) ->
     """
     if result["diverged"] is not None:
         return "diverged"
-    records = result["monitor"]["step"][-_RECORDS:]
+    records = result["monitor"]["step"]
     if num_prototypes is not None and records:
-        watch = CollapseWatch(num_prototypes, patience=len(records))
-        alarms = [
-            alarm.name for record in records for alarm in watch.update(_as_watched(record, watch))
-        ]
-        if "uniform_collapse" in alarms:
-            return "uniform"
-        if "one_component_collapse" in alarms:
-            return "one component"
+        watch = CollapseWatch(num_prototypes, patience=min(_RECORDS, len(records)))
+        for record in records:
+            # what was not finite is null in the file
+            watch.update({k: math.nan if v is None else v for k, v in record.items()})
+        for name, outcome in _ALARMS.items():
+            if watch.streaks[name] >= watch.patience:
+                return outcome
     trained = result["metrics"].get(f"knn_k{k}")
     floor = result["baselines"].get("untrained", {}).get(f"knn_k{k}")
     if trained is not None and floor is not None and trained < floor:
         return "below untrained"
     return TRAINS
-
-
-def _as_watched(record: Mapping[str, Any], watch: CollapseWatch) -> dict[str, float]:
-    """The record as the monitor's own watch sees it; what was not finite is NaN."""
-    values = {key: math.nan if value is None else value for key, value in record.items()}
-    return {**values, "loss": values.get("loss_over_log_k", math.nan) * watch.log_k}

@@ -5,6 +5,8 @@ Everything stays on the device; ``analysis.callback`` moves one small vector to 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,8 +18,11 @@ __all__ = [
     "distillation_statistics",
     "duplicate_statistics",
     "entropy",
+    "information_statistics",
+    "information_sums",
     "prototype_statistics",
     "usage_statistics",
+    "winners",
 ]
 
 DUPLICATE_THRESHOLD = 0.9
@@ -30,7 +35,9 @@ def entropy(probabilities: Tensor) -> Tensor:
         >>> entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]])).tolist()
         [0.6931471824645996, 0.0]
     """
-    return torch.special.entr(probabilities).sum(dim=-1)
+    tiny = torch.finfo(probabilities.dtype).tiny
+    # torch.special.entr is not vectorised on CPUs
+    return probabilities.clamp_min(tiny).log_().neg_().mul_(probabilities).sum(dim=-1)
 
 
 def distillation_statistics(targets: Tensor, student_logits: Tensor) -> dict[str, Tensor]:
@@ -61,6 +68,76 @@ def distillation_statistics(targets: Tensor, student_logits: Tensor) -> dict[str
         "kl": (cross_entropy - teacher_entropy).mean(),
         "top1_agreement": agreement.float().mean(),
     }
+
+
+def winners(targets: Tensor, block: int = 256) -> Tensor:
+    """``targets.argmax(dim=-1)`` in a quarter of the time on a CPU: of the blocks' maxima, then in one.
+
+    Args:
+        targets: ``(n, K)``.
+        block: prototypes to a block; K that is no multiple of it takes the plain way.
+
+    Returns:
+        ``(n,)`` int64; of equal values the first.
+
+    Example:
+        >>> winners(torch.tensor([[0.1, 0.2, 0.6, 0.1], [0.4, 0.4, 0.1, 0.1]]), block=2).tolist()
+        [2, 0]
+    """
+    if targets.shape[-1] % block or not len(targets):
+        return targets.argmax(dim=-1)
+    blocks = targets.unflatten(-1, (-1, block))
+    chosen = blocks.amax(dim=-1).argmax(dim=-1)
+    rows = torch.arange(len(targets), device=targets.device)
+    return chosen * block + blocks[rows, chosen].argmax(dim=-1)
+
+
+def information_sums(targets: Tensor, loss: Tensor) -> Tensor:
+    """What ``information_statistics`` needs of some rows; adds up over steps and over ranks.
+
+    Args:
+        targets: teacher probabilities ``(n, K)``.
+        loss: mean cross-entropy of the student with such targets, scalar.
+
+    Returns:
+        ``(K + 3,)`` float32: the sum of the targets, of their entropies, of the loss, and n.
+
+    Example:
+        >>> information_sums(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor(0.5)).tolist()
+        [1.0, 1.0, 0.0, 1.0, 2.0]
+    """
+    targets, rows = targets.float(), len(targets)
+    parts = [entropy(targets).sum(), loss.float() * rows, loss.new_tensor(rows, dtype=torch.float)]
+    return torch.cat([targets.sum(dim=0), torch.stack(parts)])
+
+
+def information_statistics(sums: Tensor) -> dict[str, Tensor]:
+    """How much the targets say about the image, and how much of it the student says, too.
+
+    The mutual information of image and component is ``I = H(mean target) - mean H(target)``: 0 if all
+    images have the same target, be it uniform or one-hot, and at most log K (and log n). The student's
+    share is ``I - mean KL(target || student) = H(mean target) - mean cross-entropy``.
+
+    Args:
+        sums: of ``information_sums`` ``(K + 3,)``, added up over the rows to look at.
+
+    Returns:
+        Scalars: ``target_information`` and ``student_information`` in nats, both as a share of log K
+        (``..._share``; NaN for K = 1), and ``information_rows`` = n.
+
+    Example:
+        >>> sums = information_sums(torch.eye(4), torch.tensor(0.0))
+        >>> found = information_statistics(sums)  # four images, four components, a perfect student
+        >>> float(found["target_information_share"]), float(found["student_information_share"])
+        (1.0, 1.0)
+    """
+    rows = sums[-1]
+    mean, (entropies, loss) = sums[:-3] / rows, sums[-3:-1] / rows
+    of_mean = entropy(mean)
+    found = {"target_information": of_mean - entropies, "student_information": of_mean - loss}
+    log_k = math.log(len(mean)) or math.nan
+    shares = {f"{name}_share": value / log_k for name, value in found.items()}
+    return {**found, **shares, "information_rows": rows}
 
 
 def usage_statistics(counts: Tensor) -> dict[str, Tensor]:

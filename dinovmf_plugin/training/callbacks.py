@@ -25,6 +25,7 @@ def method_callbacks(cfg: DictConfig, settings: Any) -> list[Callback]:
             MixtureMonitor(
                 every_n_steps=settings.monitor_every,
                 stop_on_collapse=settings.stop_on_collapse,
+                warmup_epochs=OmegaConf.select(cfg, "scheduler.warmup_epochs", default=0) or 0,
                 history_path=history,
             )
         )

@@ -21,6 +21,8 @@ from dinovmf_plugin.training.records import StepRecord
 __all__ = ["MixtureMonitor"]
 
 _ROWS = 64
+_FEWEST_ROWS = 16
+_TARGET_VALUES = 2**20  # K times the targets of a step that information is measured on
 
 
 class MixtureMonitor(Callback):
@@ -31,10 +33,15 @@ class MixtureMonitor(Callback):
     ``centering.center`` where there is one. Changes nothing of the training, draws no random numbers,
     and averages over ranks, so that every rank comes to the same conclusion.
 
-    Every step costs one arg-max over the targets; every ``every_n_steps`` steps student logits of up to
-    64 images; every epoch a greedy cover of up to 4096 prototypes. Under ``monitor/`` are logged
+    Every step costs one arg-max over the targets, and the sum and entropies of 16 to 64 of them;
+    every ``every_n_steps`` steps student logits of up to 64 images; every epoch a greedy cover of up to
+    4096 prototypes. Under ``monitor/`` are logged
 
-    * per record: ``loss_over_log_k``, ``teacher_entropy``, ``student_entropy``, ``kl``,
+    * per record, over 16 to 64 targets (fewer where K is large) of every step since the last record, of
+      all ranks together:
+      ``target_information`` and ``student_information`` (nats), both as ``..._share`` of log K, and
+      ``information_rows``;
+    * per record, of its own step: ``loss_over_log_k``, ``teacher_entropy``, ``student_entropy``, ``kl``,
       ``top1_agreement`` (one view of each image, DINO's pair of different views where there are two
       targets), ``batch_perplexity``, ``batch_largest_win_share``, ``center_min``, ``center_max``;
     * per epoch: ``win_share``, ``usage_perplexity``, ``largest_win_share``, ``usage_rows``,
@@ -46,9 +53,11 @@ class MixtureMonitor(Callback):
         history_path: file to append every record and alarm to, one JSON object a line (a value that is
             not finite is null); None for no file. Written by rank 0; a relative path starts at the
             run's folder (``pl_module.run_folder``).
-        stop_on_collapse: whether a collapse (uniform, or to one component) ends the training.
+        stop_on_collapse: whether a collapse (uniform, to one component, or most of the information lost)
+            ends the training.
         stop_on_void_set: whether a forming void set ends it; plain DINO trains on with one.
         patience: records in a row that must show a collapse.
+        warmup_epochs: of the learning rate; until then little information is no collapse.
 
     Raises:
         ValueError: if ``every_n_steps`` or ``patience`` is below 1.
@@ -62,6 +71,7 @@ class MixtureMonitor(Callback):
         stop_on_collapse: bool = False,
         stop_on_void_set: bool = False,
         patience: int = 10,
+        warmup_epochs: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
@@ -72,12 +82,15 @@ class MixtureMonitor(Callback):
         self.stops = {
             "uniform_collapse": stop_on_collapse,
             "one_component_collapse": stop_on_collapse,
+            "information_lost": stop_on_collapse,
             "void_set": stop_on_void_set,
         }
         self.patience = patience
+        self.warmup_epochs = warmup_epochs
         self.watch: CollapseWatch | None = None
-        self._streaks: dict[str, int] = {}
+        self._watched: dict[str, Any] = {}
         self._recorded_step = -1
+        self._information: Tensor | None = None
         self._wins: Tensor | None = None
         self._embedding_sum: Tensor | None = None
         self._void_reported = False
@@ -88,7 +101,9 @@ class MixtureMonitor(Callback):
         """Find the prototypes, and open the history before any long work."""
         _, teacher = find_prototypes(pl_module)
         self.watch = CollapseWatch(teacher.num_prototypes, self.patience)
-        self.watch.streaks.update(self._streaks)
+        self.watch.load_state_dict(self._watched)
+        if self._information is not None and not trainer.is_global_zero:
+            self._information = None  # the sum over the ranks, which the first one goes on with
         if self.history_path is not None and trainer.is_global_zero:
             self.history_path = Path(getattr(pl_module, "run_folder", ".")) / self.history_path
             self.history_path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,11 +127,16 @@ class MixtureMonitor(Callback):
         if step is None:
             return
         batch_wins = self._count(step)
+        self._inform(step)
         due = trainer.global_step % self.every_n_steps == 0
         if not due or trainer.global_step == self._recorded_step:
             return
         self._recorded_step = trainer.global_step
         record = average_over_ranks(step_record(pl_module, step, batch_wins))
+        if self._information is not None:
+            sums = distributed_sum(self._information)
+            record |= to_floats(monitors.information_statistics(sums))
+            self._information = None
         log_k = self._watch().log_k
         shown = {"loss_over_log_k": record["loss"] / log_k if log_k else math.nan, **record}
         pl_module.log_dict(
@@ -126,7 +146,8 @@ class MixtureMonitor(Callback):
             batch_size=1,
         )
         self._write("step", trainer, shown)
-        for alarm in self._watch().update(record):
+        warm = not self.warmup_epochs or self._progress(trainer, batch_idx) > self.warmup_epochs
+        for alarm in self._watch().update(shown, warm=warm):
             self._raise(alarm, trainer)
 
     @torch.no_grad()
@@ -158,16 +179,26 @@ class MixtureMonitor(Callback):
         self._void_reported = alarm is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """Streaks of bad records, so that a resumed run keeps its patience."""
-        streaks = self.watch.streaks if self.watch else self._streaks
-        return {"streaks": dict(streaks), "void_reported": self._void_reported}
+        """Streaks, peak and the rows since the last record, so that a resumed run goes on exactly.
+
+        All ranks must call it together, as Lightning does when it saves a checkpoint.
+        """
+        sums = self._information
+        return {
+            "watch": self.watch.state_dict() if self.watch else self._watched,
+            "void_reported": self._void_reported,
+            "recorded_step": self._recorded_step,
+            "information": None if sums is None else distributed_sum(sums).cpu(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the streaks."""
-        self._streaks = dict(state_dict["streaks"])
+        """Go on from there; a checkpoint of an earlier version holds streaks alone."""
+        self._watched = state_dict.get("watch") or {"streaks": state_dict.get("streaks", {})}
         self._void_reported = bool(state_dict["void_reported"])
+        self._recorded_step = state_dict.get("recorded_step", -1)
+        self._information = state_dict.get("information")
         if self.watch is not None:
-            self.watch.streaks.update(self._streaks)
+            self.watch.load_state_dict(self._watched)
 
     # ---- parts ----------------------------------------------------------------------------------
 
@@ -182,11 +213,24 @@ class MixtureMonitor(Callback):
         self._embedding_sum = total if self._embedding_sum is None else self._embedding_sum + total
         if step.targets is None:
             return None
-        winners = step.targets.argmax(dim=-1)
+        winners = monitors.winners(step.targets)
         wins = torch.zeros(step.targets.shape[-1], dtype=torch.int64, device=winners.device)
         wins.scatter_add_(0, winners, torch.ones_like(winners))
         self._wins = wins if self._wins is None else self._wins + wins
         return wins
+
+    def _progress(self, trainer: Trainer, batch_idx: int) -> float:
+        """Epochs trained; whole ones where the length of an epoch is not known (infinite)."""
+        return trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
+
+    def _inform(self, step: StepRecord) -> None:
+        """Add the step's targets to the sums since the last record."""
+        if step.targets is None:
+            return
+        rows = min(_ROWS, max(_FEWEST_ROWS, _TARGET_VALUES // step.targets.shape[-1]))
+        sums = monitors.information_sums(step.targets[:rows], step.loss)
+        earlier = self._information
+        self._information = sums if earlier is None else earlier.to(sums.device) + sums
 
     def _raise(self, alarm: Alarm, trainer: Trainer) -> None:
         self._write("alarm", trainer, {"name": alarm.name, "message": alarm.message})

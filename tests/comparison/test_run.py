@@ -120,7 +120,8 @@ def test_curve_survives_a_cut_line_and_a_repeated_epoch(tmp_path: Path) -> None:
     ("record", "knn", "outcome"),
     [
         ({"loss_over_log_k": 1.0, "student_entropy": math.log(64)}, 90.0, "uniform"),
-        ({"loss_over_log_k": 0.5, "teacher_entropy": math.log(64)}, 90.0, "uniform"),
+        ({"loss_over_log_k": 0.5, "target_information_share": 0.02}, 90.0, "uniform"),
+        ({"loss_over_log_k": 0.5, "target_information_share": 0.05}, 90.0, "information lost"),
         ({"teacher_entropy": 1.0, "batch_largest_win_share": 1.0}, 90.0, "one component"),
         ({"loss_over_log_k": 0.7, "teacher_entropy": 1.0}, 59.0, "below untrained"),
         ({"loss_over_log_k": 0.7, "teacher_entropy": 1.0}, 61.0, "trains"),
@@ -132,7 +133,7 @@ def test_outcome(record: dict[str, float | None], knn: float, outcome: str) -> N
 
     result = {
         "diverged": None,
-        "monitor": {"step": [{"teacher_entropy": 1.0}, record, record, record]},
+        "monitor": {"step": [{"target_information_share": 0.3}, record, record, record]},
         "metrics": {"knn_k10": knn},
         "baselines": {"untrained": {"knn_k10": 60.0}},
     }

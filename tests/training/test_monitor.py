@@ -123,6 +123,15 @@ def test_callback__logs_the_values_of_its_records(tmp_path):
         "center_min": 0.0,
         "center_max": 0.0,
     }
+    # information is of both steps since the record before, both views
+    both = torch.cat([r.targets for r in module.records[2:4]]).double().numpy()
+    of_mean = stats.entropy(both.mean(0))
+    expected |= {
+        "information_rows": 2 * 2 * BATCH,
+        "target_information": of_mean - stats.entropy(both, axis=1).mean(),
+        "student_information": of_mean - 3.0,
+        "student_information_share": (of_mean - 3.0) / math.log(K),
+    }
     for name, value in expected.items():
         assert record[name] == pytest.approx(value, abs=1e-5), name
     assert trainer.callback_metrics["monitor/kl"] == pytest.approx(lines[7]["kl"], abs=1e-6)
@@ -148,7 +157,7 @@ def test_uniform_collapse__warns_once_and_stops_if_asked(tmp_path, stop):
     uniform = [text for text in alarms if "uniform collapse" in text]
     assert len(uniform) == 1
     assert uniform[0].startswith("step 3: ")
-    assert "teacher_temperature" in uniform[0]
+    assert "momentum.base_tau" in uniform[0]
     assert ("stops" in uniform[0]) is stop
     assert [x["name"] for x in read(path) if x["kind"] == "alarm"][0] == "uniform_collapse"
 
@@ -200,6 +209,42 @@ def test_streaks__survive_a_checkpoint(tmp_path):
     second.load_state_dict(next(v for k, v in state.items() if "MixtureMonitor" in k))
     _, alarms = fit(FakeMethod(uniform_record), second, steps=3)
     assert [text[:6] for text in alarms] == ["step 2"]
+
+
+def test_information__goes_on_exactly_after_a_checkpoint_between_two_records(tmp_path):
+    def records(path):
+        found = [x for x in read(path) if x["kind"] == "step"]
+        return [{k: v for k, v in x.items() if k != "epoch"} for x in found]
+
+    def hooks(monitor, module, steps):
+        trainer = SimpleNamespace(global_step=0, current_epoch=0, is_global_zero=True)
+        monitor.on_fit_start(trainer, module)
+        for trainer.global_step, record in steps:
+            module.last_step = record
+            monitor.on_train_batch_end(trainer, module, None, None, 0)
+        return monitor
+
+    torch.manual_seed(0)
+    module = FakeMethod(random_record)
+    module.log_dict = lambda *_, **__: None
+    steps = [(i, random_record(module)) for i in range(1, 9)]
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    end = hooks(MixtureMonitor(4, history_path=whole), module, steps).state_dict()
+    first = hooks(MixtureMonitor(4, history_path=parts), module, steps[:6])
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = MixtureMonitor(4, history_path=parts)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert hooks(second, module, steps[6:]).state_dict() == end
+    assert records(parts) == records(whole)
+    assert records(whole)[1]["information_rows"] == 4 * 2 * BATCH
+    assert end["watch"]["peak"] > 0
+
+
+def test_warm_up__little_information_before_its_end_is_no_collapse():
+    module = FakeMethod(uniform_record)
+    monitor = MixtureMonitor(1, patience=2, warmup_epochs=1.5)
+    _, alarms = fit(module, monitor, steps=4, epochs=3)
+    assert [text[:6] for text in alarms] == ["step 8"]
 
 
 def test_training__is_not_changed():
@@ -270,7 +315,7 @@ from dinovmf_plugin.training.records import StepRecord
 from dinovmf_plugin.core.prototypes import Prototypes
 
 
-def watch(rank, world):
+def watch(rank, world, resume):
     torch.manual_seed(0)
     layer = Prototypes(8, 32, "vmf")
     images = 8
@@ -291,25 +336,37 @@ def watch(rank, world):
         targets = layer(flat, 0.05).softmax(-1).detach()
         module.last_step = StepRecord(mine.mean(), targets, mine, flat, 0.05, 0.1)
         monitor.on_train_batch_end(trainer, module, None, None, 0)
+        if resume and trainer.global_step == 2:
+            # what the first rank writes is what all of them load
+            states = [monitor.state_dict()] * world
+            if world > 1:
+                dist.broadcast_object_list(states)
+            wins, embeddings = monitor._wins, monitor._embedding_sum
+            monitor = MixtureMonitor(4)
+            monitor.load_state_dict(states[0])
+            monitor.on_fit_start(trainer, module)
+            monitor._wins, monitor._embedding_sum = wins, embeddings
     monitor.on_train_epoch_end(trainer, module)
     return {k: float(v) for k, v in logged.items()}
 
 
 if __name__ == "__main__":
-    rank, folder = int(sys.argv[1]), sys.argv[2]
+    rank, folder, resume = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     with open(f"{folder}/{rank}.json", "w") as file:
-        json.dump(watch(rank, 2), file)
+        json.dump(watch(rank, 2, resume), file)
 """
 
 
-def test_two_ranks__log_what_one_process_logs_on_the_joined_batch(tmp_path):
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_ranks__log_what_one_process_logs_on_the_joined_batch(tmp_path, resume):
     script = tmp_path / "rank.py"
     script.write_text(RANKS)
     running = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)]) for rank in (0, 1)
+        subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path), str(resume)])
+        for rank in (0, 1)
     ]
-    one = runpy.run_path(str(script))["watch"](0, 1)
+    one = runpy.run_path(str(script))["watch"](0, 1, False)
     assert [process.wait(timeout=120) for process in running] == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

@@ -39,6 +39,51 @@ def test_distillation_statistics__equal_scipy():
         assert float(found[name]) == pytest.approx(value, abs=1e-5), name
 
 
+def test_information__is_the_mutual_information_of_image_and_component():
+    rng = np.random.default_rng(0)
+    targets = rng.dirichlet(np.full(12, 0.2), size=30)
+    targets[:3] = np.eye(12)[[3, 3, 5]]  # exact zeros
+    student = rng.dirichlet(np.full(12, 0.5), size=30)
+    # the joint distribution of a uniformly drawn image and its component
+    joint = targets / 30
+    mutual = stats.entropy(joint.ravel(), np.outer(joint.sum(1), joint.sum(0)).ravel())
+    kl = stats.entropy(targets, student, axis=1).mean()
+    cross_entropy = -(targets * np.log(student)).sum(1)
+    # three steps of different size, each with its own mean loss
+    parts = np.split(np.arange(30), [7, 9])
+    sums = sum(
+        monitors.information_sums(
+            torch.tensor(targets[part]), torch.tensor(cross_entropy[part].mean())
+        )
+        for part in parts
+    )
+    found = {k: float(v) for k, v in monitors.information_statistics(sums).items()}
+    assert found["information_rows"] == 30
+    assert found["target_information"] == pytest.approx(mutual, abs=1e-5)
+    assert found["target_information_share"] == pytest.approx(mutual / math.log(12), abs=1e-5)
+    assert found["student_information"] == pytest.approx(mutual - kl, abs=1e-5)
+    share = (mutual - kl) / math.log(12)
+    assert found["student_information_share"] == pytest.approx(share, abs=1e-5)
+
+
+@pytest.mark.parametrize("k", [512, 500])
+def test_winners__are_the_arg_max_the_first_of_equal_ones(k):
+    torch.manual_seed(0)
+    targets = torch.rand(40, k)
+    targets[1] = 0.25
+    targets[2, [7, 300, 499]] = 2.0
+    found = monitors.winners(targets)
+    assert found.tolist() == np.asarray(targets).argmax(1).tolist()
+    assert found[1:3].tolist() == [0, 7]
+    assert monitors.winners(targets[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("targets", [torch.full((9, 8), 1 / 8), torch.eye(8)[[2] * 9]])
+def test_information__is_zero_where_all_targets_are_the_same(targets):
+    sums = monitors.information_sums(targets, torch.tensor(1.0))
+    assert float(monitors.information_statistics(sums)["target_information"]) == 0
+
+
 def test_usage_statistics__equal_scipy():
     counts = np.array([5, 0, 1, 0, 10, 4])
     found = monitors.usage_statistics(torch.tensor(counts))
@@ -81,20 +126,45 @@ def test_duplicate_statistics__of_a_sample_estimate_the_whole():
 
 def test_watch__needs_patience_and_speaks_once_per_collapse():
     watch = CollapseWatch(K, patience=3)
-    log_k = math.log(K)
-    bad = {"loss": log_k + 0.005, "student_entropy": log_k - 0.01, "teacher_entropy": 1.0}
-    # near log K by chance, but the student is not uniform
-    chance = bad | {"student_entropy": log_k - 0.5}
-    healthy = {"loss": 2.0, "student_entropy": 1.0, "teacher_entropy": 0.5}
+    bad, healthy = {"target_information_share": 0.02}, {"target_information_share": 0.04}
     names = [
         [alarm.name for alarm in watch.update(record)]
-        for record in [bad, bad, chance, bad, bad, bad, bad, healthy, bad, bad, bad]
+        for record in [bad, bad, healthy, bad, bad, bad, bad, healthy, bad, bad, bad]
     ]
     assert [i for i, found in enumerate(names) if found] == [5, 10]
     assert names[5] == ["uniform_collapse"]
     one = CollapseWatch(K, patience=1).update({"batch_largest_win_share": 1.0})
     assert [alarm.name for alarm in one] == ["one_component_collapse"]
-    assert CollapseWatch(K, patience=1).update({"loss": math.nan}) == []
+    nan = {"target_information_share": math.nan, "loss_over_log_k": math.nan}
+    assert CollapseWatch(K, patience=1).update(nan) == []
+
+
+def test_watch__tells_uniform_from_one_component_by_the_targets_entropy():
+    same = {"target_information_share": 0.0, "batch_largest_win_share": 1.0}
+    for share, name in ((0.97, "uniform_collapse"), (0.03, "one_component_collapse")):
+        record = same | {"teacher_entropy": share * math.log(K)}
+        assert [a.name for a in CollapseWatch(K, patience=1).update(record)] == [name]
+
+
+def test_watch__waits_for_the_warm_up_but_remembers_its_peak():
+    watch = CollapseWatch(K, patience=2)
+    shares = [0.01, 0.01, 0.01, 0.4, 0.11, 0.09, 0.09, 0.09, 0.02, 0.02]
+    names = {
+        i: [a.name for a in watch.update({"target_information_share": share}, warm=i > 3)]
+        for i, share in enumerate(shares)
+    }
+    assert {i: found for i, found in names.items() if found} == {
+        6: ["information_lost"],
+        9: ["uniform_collapse"],
+    }
+
+
+def test_watch__a_student_that_stays_at_log_k_is_a_collapse_whatever_the_targets_say():
+    record = {"target_information_share": 0.5, "loss_over_log_k": 0.98}
+    (alarm,) = CollapseWatch(K, patience=1).update(record)
+    assert alarm.name == "uniform_collapse"
+    assert "98.0% of log K" in alarm.message
+    assert CollapseWatch(K, patience=1).update(record | {"loss_over_log_k": 0.96}) == []
 
 
 @pytest.mark.slow
