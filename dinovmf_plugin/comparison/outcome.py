@@ -32,7 +32,7 @@ def outcome_of(result: Mapping[str, Any], num_prototypes: int | None, k: int) ->
     """``trains``, or the first key of ``BROKEN`` that holds.
 
     What collapsed is read off the last three records of the monitor, by the criteria of
-    ``analysis.alarms``; a run that recovered trains.
+    ``training.alarms``; a run that recovered trains.
 
     Args:
         result: with ``diverged``, ``monitor``, ``metrics`` and ``baselines``.

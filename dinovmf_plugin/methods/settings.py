@@ -92,7 +92,7 @@ class MethodSettings:
         None  # checkpoint: this project's, or an official DINO, iBOT or MSN file
     )
     init_which: str = "teacher"  # of its two networks
-    # monitors (analysis.callback.MixtureMonitor)
+    # monitors (training.monitor.MixtureMonitor)
     monitor: bool = True
     monitor_every: int = 50  # steps
     stop_on_collapse: bool = False

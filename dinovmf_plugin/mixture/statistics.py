@@ -1,6 +1,6 @@
 """What to watch while a mixture trains: pure functions, tensors in, scalar tensors out.
 
-Everything stays on the device; ``analysis.callback`` moves one small vector to the CPU per record.
+Everything stays on the device; ``training.monitor`` moves one small vector to the CPU per record.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Detached tensors of the last training step; see ``analysis.callback.MixtureMonitor``.
+    """Detached tensors of the last training step; see ``training.monitor.MixtureMonitor``.
 
     Attributes:
         loss: self-distillation loss without the online classifier, scalar.
