@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinovmf_plugin.vmf import mean_resultant_length
+from dinovmf_plugin.core.vmf import mean_resultant_length
 
 __all__ = ["MAX_CONCENTRATION", "banerjee_concentration", "invert_mean_resultant_length"]
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dinovmf_plugin.core.vmf import exact_log_normalizer
 from dinovmf_plugin.mixture.concentration import MAX_CONCENTRATION, invert_mean_resultant_length
-from dinovmf_plugin.vmf import exact_log_normalizer
 
 __all__ = [
     "Parameters",

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.random import RandomState
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
@@ -29,7 +28,9 @@ from dinovmf_plugin.mixture.initialization import (
     initialization_rows,
     kmeans_plusplus_directions,
 )
+from dinovmf_plugin.mixture.model import log_uniform_density
 from dinovmf_plugin.mixture.online import remember
+from dinovmf_plugin.mixture.sampling import sample_vmf
 
 __all__ = ["VonMisesFisherMixture"]
 
@@ -161,7 +162,7 @@ class VonMisesFisherMixture(DensityMixin, BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        uniform = _log_uniform_density(array.shape[1])
+        uniform = log_uniform_density(array.shape[1])
         self._set_parameters(best.parameters, array.dtype)
         self._memory = remember(None, best.statistics, self.memory)
         self.lower_bounds_ = [value + uniform for value in best.log_likelihoods]
@@ -217,7 +218,7 @@ class VonMisesFisherMixture(DensityMixin, BaseEstimator):
     def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
         """``log p(x)`` with respect to the sphere's surface measure, ``(N, p) -> (N,)``, float64."""
         relative = self._by_chunk(X, lambda joint: joint.logsumexp(dim=1).double())
-        return relative + _log_uniform_density(self.n_features_in_)
+        return relative + log_uniform_density(self.n_features_in_)
 
     def score(self, X: ArrayLike, y: None = None) -> float:
         """Mean of ``score_samples``; ``y`` is ignored."""
@@ -240,11 +241,13 @@ class VonMisesFisherMixture(DensityMixin, BaseEstimator):
         random = check_random_state(self.random_state)
         weights = self.weights_.astype(np.float64)
         counts = random.multinomial(n_samples, weights / weights.sum())
+        generator = np.random.default_rng(random.randint(2**31 - 1))
         drawn = [
-            _sample_vmf(direction.astype(np.float64), float(kappa), int(count), random)
+            sample_vmf(direction, float(kappa), int(count), seed=generator).numpy()
             for direction, kappa, count in zip(
-                self.directions_, self.concentrations_, counts, strict=True
+                torch.from_numpy(self.directions_), self.concentrations_, counts, strict=True
             )
+            if count
         ]
         components = np.repeat(np.arange(len(counts)), counts)
         return np.concatenate(drawn).astype(self.directions_.dtype), components
@@ -358,18 +361,3 @@ class VonMisesFisherMixture(DensityMixin, BaseEstimator):
             raise ValueError(
                 f"init={self.init!r} is unknown: choose k-means++, random or an array of directions"
             )
-
-
-def _log_uniform_density(dim: int) -> float:
-    return math.lgamma(dim / 2) - math.log(2.0) - dim / 2 * math.log(math.pi)
-
-
-def _sample_vmf(
-    mean: NDArray[np.float64], kappa: float, count: int, random: RandomState
-) -> NDArray[np.float64]:
-    if not count or not kappa:
-        normal = random.standard_normal((count, len(mean)))
-        return normal / np.linalg.norm(normal, axis=1, keepdims=True)
-    mean = mean / np.linalg.norm(mean)
-    drawn = stats.vonmises_fisher(mean, kappa).rvs(count, random_state=random)
-    return np.asarray(drawn).reshape(count, len(mean))

@@ -9,9 +9,9 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 from torch.nn import functional as F
 
+from dinovmf_plugin.core.vmf import exact_log_normalizer, log_normalizer
 from dinovmf_plugin.mixture.concentration import banerjee_concentration
 from dinovmf_plugin.mixture.em import chunk_rows, hard_statistics
-from dinovmf_plugin.vmf import exact_log_normalizer, log_normalizer
 
 __all__ = [
     "initialization_rows",
