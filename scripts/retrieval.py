@@ -8,7 +8,7 @@ Example::
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dinovmf_plugin.runs.cli import one_clear_message
 
@@ -18,9 +18,11 @@ from dinovmf_plugin.runs.cli import one_clear_message
 def main(cfg: DictConfig) -> None:
     """Run the evaluation, write its results and print the scores."""
     from dinovmf_plugin.evaluation.retrieval.page import format_scores
-    from dinovmf_plugin.evaluation.retrieval.run import RetrievalSettings, evaluate_retrieval
+    from dinovmf_plugin.evaluation.retrieval.run import evaluate_retrieval
+    from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
+    from dinovmf_plugin.runs.settings import read
 
-    settings = RetrievalSettings(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    settings = read(RetrievalSettings, cfg)
     print(format_scores(evaluate_retrieval(settings)))
     print(f"{settings.output_dir}/results.json, {settings.output_dir}/report.html")
 

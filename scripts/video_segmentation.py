@@ -8,7 +8,7 @@ Example::
 from __future__ import annotations
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dinovmf_plugin.runs.cli import one_clear_message
 
@@ -20,9 +20,11 @@ from dinovmf_plugin.runs.cli import one_clear_message
 def main(cfg: DictConfig) -> None:
     """Run the evaluation, write its results and print the scores."""
     from dinovmf_plugin.evaluation.video.page import format_table
-    from dinovmf_plugin.evaluation.video.run import VideoSettings, evaluate_video_segmentation
+    from dinovmf_plugin.evaluation.video.run import evaluate_video_segmentation
+    from dinovmf_plugin.evaluation.video.settings import VideoSettings
+    from dinovmf_plugin.runs.settings import read
 
-    settings = VideoSettings(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    settings = read(VideoSettings, cfg)
     print(format_table(evaluate_video_segmentation(settings)))
     print(f"{settings.output_dir}/results.json, {settings.output_dir}/report.html")
 

@@ -10,7 +10,13 @@ from annotated_types import Ge, Lt
 
 from dinovmf_plugin.analysis.measurements import WEIGHTS
 from dinovmf_plugin.analysis.tables import TABLE_FORMATS, check_table_format
-from dinovmf_plugin.features.settings import Interpolation, NetworkSource, ReadingSettings, Side
+from dinovmf_plugin.features.settings import (
+    Device,
+    Interpolation,
+    NetworkSource,
+    ReadingSettings,
+    Side,
+)
 from dinovmf_plugin.runs.bounds import AtLeastOne, Count, Fraction, OneOf, Path, Positive, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings
 
@@ -116,7 +122,7 @@ class AnalysisSettings(NetworkSource):
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     gallery: GallerySettings = field(default_factory=GallerySettings)
     attention: AttentionSettings = field(default_factory=AttentionSettings)
-    device: Annotated[str, Doc("auto, cpu, cuda, cuda:1 ...")] = "auto"
+    device: Device = "auto"
 
     def check(self) -> None:
         """Refuse Parquet without pyarrow."""

@@ -9,9 +9,10 @@ from dinovmf_plugin.data.recipe import INTERPOLATIONS
 from dinovmf_plugin.runs.bounds import Count, OneOf, Path, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings
 
-__all__ = ["Interpolation", "NetworkSource", "ReadingSettings", "Side"]
+__all__ = ["Device", "Interpolation", "NetworkSource", "ReadingSettings", "Side"]
 
 Interpolation = Annotated[str, OneOf(INTERPOLATIONS), Doc("of the resizing")]
+Device = Annotated[str, Doc("auto, cpu, cuda, cuda:1 ...")]
 Side = Annotated[Count, Doc("side of the center crop in pixels")]
 
 

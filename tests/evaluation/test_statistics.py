@@ -15,8 +15,10 @@ from dinovmf_plugin.evaluation.finetuning import run as finetune_run
 from dinovmf_plugin.evaluation.finetuning.run import finetune
 from dinovmf_plugin.evaluation.linear import task as linear_run
 from dinovmf_plugin.evaluation.retrieval import run as retrieval_run
+from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
 from dinovmf_plugin.evaluation.runner import evaluate, evaluate_one
 from dinovmf_plugin.evaluation.video import run as video_run
+from dinovmf_plugin.evaluation.video.settings import VideoSettings
 from dinovmf_plugin.features.cache import load_feature_file
 from tests.evaluation.video.synthetic_video import write_moving_objects
 
@@ -126,9 +128,13 @@ def test_retrieval(checkpoint, tmp_path, monkeypatch):
         raise Stop
 
     monkeypatch.setattr(retrieval_run, "extract_descriptors", remember)
-    paths = (str(checkpoint), str(folder), str(tmp_path / "out"))
+    paths = {
+        "checkpoint": str(checkpoint),
+        "data_path": str(folder),
+        "output_dir": str(tmp_path / "out"),
+    }
     with pytest.raises(Stop):
-        retrieval_run.evaluate_retrieval(retrieval_run.RetrievalSettings(*paths, device="cpu"))
+        retrieval_run.evaluate_retrieval(RetrievalSettings(**paths, device="cpu"))
     expected = (torch.tensor([1.0, 0.0, 0.2]) - torch.tensor(MEAN)) / torch.tensor(STD)
     torch.testing.assert_close(seen[0], expected, atol=0.05, rtol=0)
     bound = json.loads((tmp_path / "out" / "settings.json").read_text())
@@ -146,9 +152,13 @@ def test_video_frames(checkpoint, vit_file, tmp_path, monkeypatch, own):
         raise Stop
 
     monkeypatch.setattr(video_run.davis, "read_frame", remember)
-    paths = (str(checkpoint if own else vit_file), str(tmp_path / "DAVIS"), str(tmp_path / "out"))
+    paths = {
+        "checkpoint": str(checkpoint if own else vit_file),
+        "data_path": str(tmp_path / "DAVIS"),
+        "output_dir": str(tmp_path / "out"),
+    }
     # the year without quotes is a number
-    settings = video_run.VideoSettings(*paths, year=2017, size=64, device="cpu")
+    settings = VideoSettings(**paths, year=2017, size=64, device="cpu")
     with pytest.raises(Stop):
         video_run.evaluate_video_segmentation(settings)
     published = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +25,7 @@ from dinovmf_plugin.evaluation.retrieval.scores import (
     revisited_scores,
     split_difficulty,
 )
+from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
 from dinovmf_plugin.runs.folder import (
     file_digest,
     open_run_folder,
@@ -35,52 +34,10 @@ from dinovmf_plugin.runs.folder import (
     write_atomic,
     write_json,
 )
-from dinovmf_plugin.runs.settings import check_types
 
-__all__ = ["RetrievalSettings", "evaluate_retrieval"]
+__all__ = ["evaluate_retrieval"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RetrievalSettings:
-    """Everything ``scripts/retrieval.py`` can be told; configs/retrieval.yaml explains each."""
-
-    checkpoint: str | None
-    data_path: str | None
-    output_dir: str | None
-    dataset: str = "roxford5k"
-    which: Literal["teacher", "student"] = "teacher"
-    model_name: str | None = None
-    num_heads: int | None = None
-    seed: int = 0
-    imsize: int | None = 224
-    scales: Sequence[float] = (1.0,)
-    query_boxes: bool = False
-    show: int | Sequence[str] = 5
-    device: str = "auto"
-    num_workers: int = 4
-
-    def check(self) -> None:
-        """Refuse what cannot work, before anything is read.
-
-        Raises:
-            ValueError: naming the key, its value and what would be right.
-        """
-        check_types(self)
-        for key in ("checkpoint", "data_path", "output_dir"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}={getattr(self, key)!r} must be set to a path")
-        if self.imsize is not None and self.imsize < 16:
-            raise ValueError(f"imsize={self.imsize} must be at least 16 pixels, or null")
-        if not self.scales or any(not 0 < scale <= 4 for scale in self.scales):
-            raise ValueError(
-                f"scales={list(self.scales)} must be factors between 0 and 4, such as [1.0]"
-            )
-        if isinstance(self.show, int) and self.show < 0:
-            raise ValueError(f"show={self.show} must be a number from 0, or a list of query names")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers={self.num_workers} must be 0 or more")
 
 
 def _shown(settings: RetrievalSettings, data: RetrievalSet) -> list[int]:
@@ -122,9 +79,8 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         FileNotFoundError: if the checkpoint, a folder, the ground truth or an image is missing.
         ValueError: if a setting, the ground truth or the output folder cannot be used.
     """
-    settings.check()
     device = pick_device(settings.device)
-    data = load_retrieval_set(str(settings.data_path), settings.dataset)
+    data = load_retrieval_set(settings.data_path, settings.dataset)
     shown, boxes = _shown(settings, data), _boxes(settings, data)
     network = load_evaluated_vit(
         settings.checkpoint,
@@ -144,7 +100,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         "mean": list(network.statistics.mean),
         "std": list(network.statistics.std),
     }
-    folder = open_run_folder(str(settings.output_dir), bound)
+    folder = open_run_folder(settings.output_dir, bound)
     features: dict[str, NDArray[np.float32]] = {}
     speed: dict[str, ExtractionReport] = {}
     for kind, names, crop in (

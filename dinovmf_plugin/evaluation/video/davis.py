@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ def find_sequences(
     split: str = "val",
     year: str | int = "2017",
     resolution: str = "480p",
-    only: list[str] | None = None,
+    only: Sequence[str] | None = None,
 ) -> list[VideoSequence]:
     """List and check the sequences of a split before any long work.
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from dinovmf_plugin.evaluation.video.propagation import (
     propagate,
 )
 from dinovmf_plugin.evaluation.video.scores import score_sequence
+from dinovmf_plugin.evaluation.video.settings import VideoSettings
 from dinovmf_plugin.runs.folder import (
     open_run_folder,
     pick_device,
@@ -35,55 +35,10 @@ from dinovmf_plugin.runs.folder import (
     write_atomic,
     write_json,
 )
-from dinovmf_plugin.runs.settings import check_types
 
-__all__ = ["VideoSettings", "evaluate_video_segmentation", "segment_sequence"]
+__all__ = ["evaluate_video_segmentation", "segment_sequence"]
 
 Labels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """All that ``scripts/video_segmentation.py`` can be told; its yaml file explains each."""
-
-    checkpoint: str | None
-    data_path: str | None
-    output_dir: str | None
-    which: Literal["teacher", "student"] = "teacher"
-    model_name: str | None = None
-    num_heads: int | None = None
-    seed: int = 0
-    split: str = "val"
-    year: str | int = "2017"
-    resolution: str = "480p"
-    sequences: list[str] | None = None
-    size: int = 480
-    context_frames: int = 7
-    radius: int | None = 12
-    topk: int = 5
-    temperature: float = 0.1
-    contact_sheet: bool = True
-    animation: str | None = "webp"
-    device: str = "auto"
-
-    def check(self) -> None:
-        """Refuse what cannot work, before anything is read.
-
-        Raises:
-            ValueError: naming the key, its value and what would be right.
-        """
-        check_types(self)
-        for key in ("checkpoint", "data_path", "output_dir"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}={getattr(self, key)!r} must be set to a path")
-        for key, least in (("size", 64), ("context_frames", 0), ("radius", 0), ("topk", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise ValueError(f"{key}={value} must be at least {least}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
-        if self.animation not in (None, "webp", "gif"):
-            raise ValueError(f"animation={self.animation!r} must be webp, gif or null")
 
 
 def _clock(device: torch.device) -> float:
@@ -242,10 +197,9 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
         FileNotFoundError: if the checkpoint, a folder, a frame or an annotation is missing.
         ValueError: if a setting, an image or the output folder cannot be used.
     """
-    settings.check()
     device = pick_device(settings.device)
     sequences = davis.find_sequences(
-        str(settings.data_path),
+        settings.data_path,
         split=settings.split,
         year=settings.year,
         resolution=settings.resolution,
@@ -261,7 +215,7 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
     bound: dict[str, Any] = {
         "task": "video segmentation",
         "network": network.identity,
-        "data": str(Path(str(settings.data_path)).resolve()),
+        "data": str(Path(settings.data_path).resolve()),
     }
     # those of the published numbers are ImageNet's but for a slip of 0.001
     own = network.statistics
@@ -269,7 +223,7 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
     bound |= {"mean": list(statistics.mean), "std": list(statistics.std)}
     for key in ("resolution", "size", "context_frames", "radius", "topk", "temperature"):
         bound[key] = getattr(settings, key)
-    folder = open_run_folder(str(settings.output_dir), bound)
+    folder = open_run_folder(settings.output_dir, bound)
     vit = network.model.to(device)
     todo = [sequence for sequence in sequences if not _finished(folder, sequence)]
     with tqdm(total=sum(len(s.frames) - 1 for s in todo), unit="frame") as progress:

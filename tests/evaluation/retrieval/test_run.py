@@ -6,7 +6,6 @@ import json
 import pickle
 import runpy
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,11 @@ from dinovmf_plugin.evaluation.retrieval import descriptors
 from dinovmf_plugin.evaluation.retrieval.dataset import load_retrieval_set, read_image
 from dinovmf_plugin.evaluation.retrieval.descriptors import DINO_SCALES, global_descriptor
 from dinovmf_plugin.evaluation.retrieval.page import format_scores
-from dinovmf_plugin.evaluation.retrieval.run import RetrievalSettings, evaluate_retrieval
+from dinovmf_plugin.evaluation.retrieval.run import evaluate_retrieval
 from dinovmf_plugin.evaluation.retrieval.scores import rank_database, revisited_scores
+from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
+from dinovmf_plugin.runs.reference import default_values
+from dinovmf_plugin.runs.settings import read
 
 SIDE = 32
 PLACES = ("abbey", "bridge", "castle")
@@ -83,7 +85,7 @@ def settings(data, weights, out, **changes):
         "output_dir": str(out),
     }
     given |= {"imsize": SIDE, "device": "cpu", "num_workers": 0, "show": 2}
-    return RetrievalSettings(**(given | changes))
+    return read(RetrievalSettings, given | changes)
 
 
 def pixels(path, box=None):
@@ -275,8 +277,12 @@ def test_missing_files__named(tmp_path, data):
     [
         ({"checkpoint": None}, ValueError, "checkpoint=None must be set to a path"),
         ({"checkpoint": "none.pth"}, FileNotFoundError, "no checkpoint file none.pth"),
-        ({"imsize": 3}, ValueError, "imsize=3 must be at least 16"),
-        ({"scales": []}, ValueError, r"scales=\[\] must be factors"),
+        ({"imsize": 3}, ValueError, "imsize=3 must be a whole number of at least 16 or null"),
+        (
+            {"scales": []},
+            ValueError,
+            r"scales=\[\] must be a list of numbers above 0 and at most 4, one at least",
+        ),
         ({"which": "ema"}, ValueError, "which='ema' must be teacher or student"),
         ({"show": ["nobody"]}, ValueError, "query image 'nobody' is not in the query list"),
         ({"show": -1}, ValueError, "show=-1 must be"),
@@ -325,8 +331,7 @@ def test_config__names_every_setting_with_its_default():
     path = Path(__file__).resolve().parents[3] / "configs" / "retrieval.yaml"
     config = OmegaConf.to_container(OmegaConf.load(path))
     del config["defaults"], config["hydra"]
-    defaults = asdict(RetrievalSettings(checkpoint=None, data_path=None, output_dir=None))
-    assert config == {**defaults, "scales": [1.0]}
+    assert config == default_values(RetrievalSettings)
 
 
 def test_query_boxes__missing_box(tmp_path, data, checkpoint):

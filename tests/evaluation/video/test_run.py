@@ -7,7 +7,6 @@ import json
 import runpy
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,11 @@ from dinovmf_plugin.evaluation.video import davis
 from dinovmf_plugin.evaluation.video import run as video_run
 from dinovmf_plugin.evaluation.video.figures import save_animation
 from dinovmf_plugin.evaluation.video.page import format_table
-from dinovmf_plugin.evaluation.video.run import VideoSettings, evaluate_video_segmentation
+from dinovmf_plugin.evaluation.video.run import evaluate_video_segmentation
 from dinovmf_plugin.evaluation.video.scores import score_sequence, summarize_objects
+from dinovmf_plugin.evaluation.video.settings import VideoSettings
+from dinovmf_plugin.runs.reference import default_values
+from dinovmf_plugin.runs.settings import read
 from tests.evaluation.video.synthetic_video import write_moving_objects
 
 SIZE = (64, 130)
@@ -55,7 +57,7 @@ def data(tmp_path, source):
 def settings(data, weights, out, **changes):
     given = {"checkpoint": str(weights), "data_path": str(data), "output_dir": str(out)}
     given |= {"size": 64, "device": "cpu", "animation": None, "contact_sheet": False}
-    return VideoSettings(**(given | changes))
+    return read(VideoSettings, given | changes)
 
 
 def annotation(data, frame=0, name="moving-00"):
@@ -251,10 +253,10 @@ def test_bad_data__one_sentence_before_any_work(tmp_path, data, checkpoint, chan
         ({"output_dir": None}, ValueError, "output_dir=None must be set to a path"),
         ({"checkpoint": "none.pth"}, FileNotFoundError, "no checkpoint file none.pth"),
         ({"which": "ema"}, ValueError, "which='ema' must be teacher or student"),
-        ({"size": 32}, ValueError, "size=32 must be at least 64"),
-        ({"topk": 0}, ValueError, "topk=0 must be at least 1"),
-        ({"radius": -1}, ValueError, "radius=-1 must be at least 0"),
-        ({"temperature": 0}, ValueError, "temperature=0 must be above 0"),
+        ({"size": 32}, ValueError, "size=32 must be a whole number of at least 64"),
+        ({"topk": 0}, ValueError, "topk=0 must be a whole number of at least 1"),
+        ({"radius": -1}, ValueError, "radius=-1 must be a whole number of at least 0"),
+        ({"temperature": 0}, ValueError, "temperature=0 must be a number above 0"),
         ({"animation": "mp4"}, ValueError, "animation='mp4' must be webp, gif or null"),
         ({"sequences": ["cat"]}, ValueError, "sequence 'cat' is not in ImageSets/2017/val.txt"),
         ({"split": "test"}, FileNotFoundError, "there is no .*test.txt"),
@@ -293,7 +295,7 @@ def test_config__names_every_setting_with_its_default():
     path = Path(__file__).resolve().parents[3] / "configs" / "video_segmentation.yaml"
     config = OmegaConf.to_container(OmegaConf.load(path))
     del config["defaults"], config["hydra"]
-    assert config == asdict(VideoSettings(checkpoint=None, data_path=None, output_dir=None))
+    assert config == default_values(VideoSettings)
 
 
 def test_missing_annotation_file(tmp_path):
