@@ -139,7 +139,7 @@ def pretrain(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Path | None
     """Check the config and the data, then train.
 
     Args:
-        cfg: a recipe as ``configs/`` has them (the format of solo-learn main); changed in place.
+        cfg: a recipe as ``configs/`` has them (the format of solo-learn main); left as it is.
         callbacks: further Lightning callbacks.
 
     Returns:

@@ -45,6 +45,8 @@ _VOLATILE = (
     "resume_from_checkpoint",
     "wandb",
     "debug_augmentations",
+    "optimizer.base_lr",  # the scaled rates count
+    "optimizer.base_classifier_lr",
     "data.num_workers",
     "enable_progress_bar",
 )

@@ -6,6 +6,8 @@ where the host takes ``len(devices)``; a missing key is named before anything is
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.data.folders import class_names
 from dinovmf_plugin.data.recipe import parse_recipe
+from dinovmf_plugin.training.keys import check_keys
 from dinovmf_plugin.training.schema import check_values
 
 __all__ = ["NUM_CLASSES", "count_devices", "parse_cfg"]
@@ -93,18 +96,68 @@ def _count_classes(cfg: DictConfig) -> int:
     return max(1, len(class_names(root)))
 
 
+def _refuse_unserved(cfg: DictConfig) -> None:
+    """Keys of the host that only its own entry point serves."""
+    if OmegaConf.select(cfg, "auto_umap.enabled"):
+        raise ValueError(
+            "auto_umap.enabled=True is not served here: scripts/analyze.py shows what a checkpoint has learnt"
+        )
+    if OmegaConf.select(cfg, "auto_resume.max_hours") is not None:
+        warnings.warn(
+            "auto_resume.max_hours has no effect here: a run finds its own checkpoint, however old",
+            stacklevel=3,
+        )
+
+
+def _set_counted(cfg: DictConfig, key: str, count: int) -> None:
+    """A number that is counted, not chosen: another one in the recipe is refused."""
+    given = OmegaConf.select(cfg, key)
+    if given not in (None, count):
+        raise ValueError(
+            f"{key}={given!r} is counted, not chosen, and there are {count}: leave it out"
+        )
+    OmegaConf.update(cfg, key, count)
+
+
+def _scale(cfg: DictConfig, name: str, factor: float) -> None:
+    """Set ``optimizer.<name>`` for the batch and keep the rate per 256 images as ``base_<name>``."""
+    given = cfg.optimizer[name]
+    base = cfg.optimizer.get(f"base_{name}")
+    if base is None:
+        base = given
+    elif given != base * factor:
+        raise ValueError(
+            f"optimizer.{name}={given} is not optimizer.base_{name}={base} x {factor:g}, the batch of all "
+            f"processes / 256: to choose optimizer.{name} per 256 images, leave optimizer.base_{name} out"
+        )
+    cfg.optimizer[f"base_{name}"] = base
+    cfg.optimizer[name] = base * factor
+
+
 def parse_cfg(cfg: DictConfig) -> DictConfig:
-    """Fill in defaults, count classes and crops, scale learning rates by the batch (in place).
+    """Fill in defaults, count classes and crops, scale learning rates by the batch.
 
     ``optimizer.lr`` and, with ``data.val_path``, ``optimizer.classifier_lr`` are multiplied by
-    ``batch_size * devices * num_nodes / 256``, as the host and DINO do.
+    ``batch_size * devices * num_nodes / 256``, as the host and DINO do. The rates as given stay beside them
+    (``optimizer.base_lr``, ``optimizer.base_classifier_lr``): parsing a parsed config changes nothing.
+
+    Args:
+        cfg: the recipe; it is left as it is.
+
+    Returns:
+        A new config.
 
     Raises:
-        ValueError: if a key is missing or has an impossible value; the message names it.
+        ValueError: if a key is unknown or missing or has an impossible value; the message names it.
         FileNotFoundError: if ``data.train_path`` is not a folder.
+
+    Differs from upstream: the host changes the config it is given, and scales once more when called again.
     """
+    cfg = copy.deepcopy(cfg)
     OmegaConf.set_struct(cfg, False)
+    check_keys(cfg)
     check_values(cfg)
+    _refuse_unserved(cfg)
     for key, value in _DEFAULTS.items():
         if OmegaConf.select(cfg, key) is None:
             OmegaConf.update(cfg, key, value)
@@ -125,19 +178,20 @@ def parse_cfg(cfg: DictConfig) -> DictConfig:
     )
     if cfg.data.dataset not in DATASETS:
         raise ValueError(f"data.dataset={cfg.data.dataset!r} is unknown: choose one of {DATASETS}")
-    cfg.data.num_classes = _count_classes(cfg)
+    _set_counted(cfg, "data.num_classes", _count_classes(cfg))
 
     recipe = parse_recipe(cfg.augmentations, dataset=cfg.data.dataset)
     large = sum(crop.size == recipe[0].size for crop in recipe)
-    cfg.data.num_large_crops, cfg.data.num_small_crops = large, len(recipe) - large
+    _set_counted(cfg, "data.num_large_crops", large)
+    _set_counted(cfg, "data.num_small_crops", len(recipe) - large)
 
     processes = count_devices(cfg.devices, cfg.accelerator) * cfg.num_nodes
     factor = cfg.optimizer.batch_size * processes / 256
-    cfg.optimizer.lr = cfg.optimizer.lr * factor
+    _scale(cfg, "lr", factor)
     if OmegaConf.select(cfg, "optimizer.classifier_lr") is None:
         cfg.optimizer.classifier_lr = 0.1
     if cfg.data.val_path is not None:
-        cfg.optimizer.classifier_lr = cfg.optimizer.classifier_lr * factor
+        _scale(cfg, "classifier_lr", factor)
     if cfg.optimizer.name == "adamw" and OmegaConf.select(cfg, "optimizer.kwargs.betas") is None:
         OmegaConf.update(cfg, "optimizer.kwargs", {"betas": [0.9, 0.999]}, merge=True)
     if cfg.optimizer.name == "sgd" and OmegaConf.select(cfg, "optimizer.kwargs.momentum") is None:

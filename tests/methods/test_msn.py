@@ -250,7 +250,8 @@ def test_batch_norm__of_both_heads_is_synchronised_by_the_recipes(build, tmp_pat
     overrides = [f"data.train_path={tmp_path}", f"+checkpoint.folder={tmp_path}", "strategy=ddp"]
     with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
         cfg = compose("custom/msn", overrides=[*overrides, "backbone.name=vit_tiny"])
-    trainer = build_trainer(parse_cfg(cfg))
+    cfg = parse_cfg(cfg)
+    trainer = build_trainer(cfg)
     module = trainer.strategy._layer_sync.apply(build(cfg))  # what Lightning does before training
     for head in (module.head, module.momentum_head):
         kinds = [type(x) for x in head.modules() if "Norm" in type(x).__name__]

@@ -155,6 +155,59 @@ def test_parse_cfg__unknown_dataset__named():
         parse_cfg(_recipe(**{"data.dataset": "imagnet"}))
 
 
+def _plain(cfg: Any) -> Any:
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize("val_path", ["val", None])
+def test_parse_cfg__leaves_the_recipe_and_scales_once(val_path):
+    recipe = _recipe(**{"data.val_path": val_path, "num_nodes": 2})
+    before = _plain(recipe)
+    once = parse_cfg(recipe)
+    assert _plain(recipe) == before
+    twice = parse_cfg(once)
+    assert _plain(twice) == _plain(once)
+    assert (once.optimizer.base_lr, once.optimizer.lr) == (5e-4, 1e-3)
+    assert once.optimizer.classifier_lr == (2e-3 if val_path else 1e-3)
+    unscaled = _recipe(**{"data.val_path": val_path, "num_nodes": 2, "optimizer.base_lr": 5e-4})
+    unscaled.optimizer.lr = 1e-3
+    assert parse_cfg(unscaled).optimizer.lr == 1e-3
+    assert run_identity(twice) == run_identity(once)
+
+
+def test_parse_cfg__a_parsed_config_with_another_rate_or_batch__refused():
+    for key, value in (("optimizer.lr", 2e-3), ("optimizer.batch_size", 128), ("devices", 1)):
+        cfg = parse_cfg(_recipe())
+        OmegaConf.update(cfg, key, value)
+        with pytest.raises(
+            ValueError, match=r"optimizer\.lr=.* is not optimizer\.base_lr=0\.0005 x"
+        ):
+            parse_cfg(cfg)
+        del cfg.optimizer.base_lr, cfg.optimizer.base_classifier_lr
+        assert (
+            parse_cfg(cfg).optimizer.base_lr == cfg.optimizer.lr
+        )  # left out: the rate per 256 images
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "count"),
+    [("data.num_classes", 7, 100), ("data.num_large_crops", 3, 2), ("data.num_small_crops", 0, 10)],
+)
+def test_parse_cfg__counted_numbers__not_chosen(key, value, count):
+    assert OmegaConf.select(parse_cfg(_recipe(**{key: count})), key) == count
+    with pytest.raises(
+        ValueError, match=rf"{key}={value} is counted, not chosen, .* {count}: leave"
+    ):
+        parse_cfg(_recipe(**{key: value}))
+
+
+def test_parse_cfg__what_only_the_host_serves__said():
+    with pytest.raises(ValueError, match=r"auto_umap\.enabled=True is not served here"):
+        parse_cfg(_recipe(**{"auto_umap": {"enabled": True}}))
+    with pytest.warns(UserWarning, match=r"auto_resume\.max_hours has no effect"):
+        parse_cfg(_recipe(**{"auto_resume": {"max_hours": 3}}))
+
+
 @pytest.mark.skipif(host.GENERATION != "main", reason="1.0.2 has argparse, no parse_cfg(cfg)")
 @pytest.mark.parametrize("val_path", ["val", None])
 @pytest.mark.parametrize("dataset", ["imagenet", "imagenet100", "cifar10", "custom"])
