@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinovmf_plugin.report.page import Page, Sheet, table
+from dinovmf_plugin.report.page import Page, Sheet
+from dinovmf_plugin.report.tables import Table
 
 __all__ = ["analysis_page", "gallery_page"]
 
@@ -57,8 +58,8 @@ def _utilization(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any
                     linked.get("largest"),
                 ]
             )
-    page.raw(
-        table(
+    page.table(
+        Table(
             ["model", "threshold", "unique", "largest set", "components", "largest component"], rows
         )
     )
@@ -78,7 +79,7 @@ def _utilization(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any
         "of y) and wins no image. The largest duplicate set:"
     )
     header = ["model", "size", "share", "cosine with mean", "images won", "void set"]
-    page.raw(table(header, rows))
+    page.table(Table(header, rows))
 
 
 def _precision(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any) -> None:
@@ -96,7 +97,7 @@ def _precision(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any) 
             for name, p in measured.items()
             if "bins" in p
         ]
-        page.raw(table(["model", "kNN top-1 (%)", "Spearman", "p value"], rows))
+        page.table(Table(["model", "kNN top-1 (%)", "Spearman", "p value"], rows))
     for name, found in models.items():
         if "skipped" in found["precision"]:
             page.text(f"Not measured for {name}: {found['precision']['skipped']}.", note=True)
@@ -142,7 +143,7 @@ def analysis_page(
         f"count as one. {len(sheets)} of them are in gallery.html, all images in the table images.*."
     )
     for sheet in sheets[:_SHEETS]:
-        page.raw(sheet.html())
+        page.sheet(sheet)
     page.section("Likelihood and outliers")
     page.text(
         "Log-likelihood of the images under the mixture (weights: "
@@ -150,12 +151,12 @@ def analysis_page(
     )
     page.charts((charts["likelihood"], "Log-likelihood of the images"))
     for sheet in ranked:
-        page.raw(sheet.html())
+        page.sheet(sheet)
     if attention:
         page.section("Attention")
         page.text("The image, the mean over heads, then every head: CLS to patches, last block.")
         for sheet in attention:
-            page.raw(sheet.html())
+            page.sheet(sheet)
     page.section("The normaliser")
     page.charts(
         (charts["circle"], "vMF densities around one direction, two magnitudes (Figure 3)"),
@@ -172,8 +173,8 @@ def gallery_page(name: str, sheets: Sequence[Sheet], ranked: Sequence[Sheet]) ->
     page = Page(f"Components of {name}", f"the {len(sheets)} most used components")
     page.section("Components")
     for sheet in sheets:
-        page.raw(sheet.html())
+        page.sheet(sheet)
     page.section("Outliers and typical images")
     for sheet in ranked:
-        page.raw(sheet.html())
+        page.sheet(sheet)
     return page

@@ -9,25 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from dinovmf_plugin.comparison.charts import curve_charts, seeds_chart, stability_chart
-from dinovmf_plugin.comparison.paper_ablation import PAPER_ABLATION, PAPER_ABLATION_SEEDS
 from dinovmf_plugin.comparison.results import Group, group_runs, read_results, short_labels
-from dinovmf_plugin.comparison.stability import (
-    breaking_points,
-    stability_rows,
-    stability_sentences,
-)
 from dinovmf_plugin.comparison.statistics import mean_and_std, with_spread
 from dinovmf_plugin.comparison.tables import (
-    Table,
     ablation_table,
+    breaking_points,
     comparison_table,
     difference_sentences,
-    markdown,
     metric_name,
     paper_table,
+    stability_sentences,
+    stability_table,
     utilization_table,
 )
-from dinovmf_plugin.report.page import Page, table
+from dinovmf_plugin.report.page import Page
+from dinovmf_plugin.report.paper import paper_ablation
+from dinovmf_plugin.report.tables import Table
 from dinovmf_plugin.runs.folder import write_atomic, write_json
 
 __all__ = ["collect"]
@@ -59,7 +56,7 @@ def _ordered(groups: Sequence[Group], kind: str) -> list[Group]:
     """The ablation in the order of Table 1, others as they were found."""
     if kind != "ablation":
         return list(groups)
-    order = list(PAPER_ABLATION)
+    order = list(paper_ablation())
     return sorted(
         groups, key=lambda g: order.index(g.switches) if g.switches in order else len(order)
     )
@@ -124,7 +121,7 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
     stability = stability_sentences(varied) if varied else []
     tables = _tables(groups, kind, headline)
     if varied:
-        tables.insert(0, ("kNN by learning rate, top-1 (%)", stability_rows(varied, headline)))
+        tables.insert(0, ("kNN by learning rate, top-1 (%)", stability_table(varied, headline)))
     floor = _baseline_row(results, headline)
     hours = sum(sum(result["seconds"].values()) for result in results) / 3600
     summary: dict[str, Any] = {
@@ -149,8 +146,8 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
         summary["breaking_points"] = breaking_points(varied)
     if kind == "ablation":
         summary["paper_imagenet_vits16_100_epochs"] = {
-            f"{n}/{c}": {"table_1": value, "table_8": list(PAPER_ABLATION_SEEDS[n, c])}
-            for (n, c), value in PAPER_ABLATION.items()
+            f"{n}/{c}": {"table_1": cell.mean, "table_8": list(cell.seeds)}
+            for (n, c), cell in paper_ablation().items()
         }
     write_json(root / f"{kind}.json", summary)
     text = _markdown(summary, tables)
@@ -186,7 +183,7 @@ def _setting(summary: dict[str, Any]) -> str:
 
 def _markdown(summary: dict[str, Any], tables: Sequence[tuple[str, Table]]) -> str:
     parts = [_setting(summary)]
-    parts += [f"**{title}**\n\n{markdown(content)}" for title, content in tables]
+    parts += [f"**{title}**\n\n{content.markdown()}" for title, content in tables]
     parts += [summary["without_training"], _LIMITS, " ".join(summary["names"])]
     parts.append("\n".join(f"- {sentence}" for sentence in summary["sentences"]))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -202,9 +199,9 @@ def _page(
     title = {"ablation": "Normalisation and centring", "compare": "Methods compared"}[kind]
     page = Page("Learning rate and stability" if varied else title, _setting(summary))
     page.section("Result")
-    (first, (header, rows)), *rest = tables
+    (first, content), *rest = tables
     page.text(first)
-    page.raw(table(header, rows))
+    page.table(content)
     for sentence in summary["sentences"]:
         page.text(sentence)
     page.text(f"{summary['without_training']} {_LIMITS}".strip(), note=True)
@@ -215,16 +212,16 @@ def _page(
         page.charts((stability_chart(varied, headline, ylabel), "Accuracy over the learning rate"))
     else:
         page.charts((seeds_chart(groups, headline, ylabel), "Every seed, and the mean"))
-    for name, (header, rows) in rest:
+    for name, content in rest:
         page.section(name)
-        page.raw(table(header, rows))
+        page.table(content)
     charts = curve_charts(groups, int(headline.removeprefix("knn_k")))
     if charts:
         page.section("Over time")
         page.charts(*charts)
     page.section("Runs")
-    page.raw(
-        table(
+    page.table(
+        Table(
             ["run", "seed", metric_name(headline), "outcome", "minutes"],
             [
                 [r["label"], str(r["seed"]), r["metrics"].get(headline), r["outcome"],

@@ -10,7 +10,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.data import demo as demo_data
-from dinovmf_plugin.evaluation.settings import EVALUATIONS, EvaluationSettings
+from dinovmf_plugin.evaluation.protocols import PROTOCOLS, evaluation_settings
 from dinovmf_plugin.recipes import Candidate, check_method, compose_recipe
 
 __all__ = ["ComparisonSettings", "RunSettings"]
@@ -99,10 +99,10 @@ class ComparisonSettings:
             ValueError: if a setting cannot work.
         """
         config = {key: value for key, value in self.evaluation.items() if key not in _BY_RUN}
-        for name, kind in EVALUATIONS.items():
+        for name, protocol in PROTOCOLS.items():
             section = dict(config.get(name) or {})
             for key in ("resize", "crop_size"):
-                default = cast(int, section.get(key, getattr(kind, key)))
+                default = cast(int, section.get(key, getattr(protocol.settings, key)))
                 section[key] = round(default * size / 224)
             config[name] = section
         config["data"] = {**(config.get("data") or {}), **data}
@@ -113,7 +113,7 @@ class ComparisonSettings:
             "evaluations": list(self.evaluations),
             "baselines": [],
         }
-        EvaluationSettings.from_config(config)
+        evaluation_settings(config)
         return config
 
     def identity(self) -> dict[str, Any]:

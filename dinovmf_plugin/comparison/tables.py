@@ -1,30 +1,32 @@
-"""Tables of a comparison: header and rows of text, and as Markdown."""
+"""Tables of a comparison, and where each method breaks as the learning rate rises."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dinovmf_plugin.comparison.paper_ablation import PAPER_ABLATION
 from dinovmf_plugin.comparison.results import Group
 from dinovmf_plugin.comparison.statistics import describe_difference, with_spread
-from dinovmf_plugin.report.paper import PAPER
+from dinovmf_plugin.report.paper import method_label, paper_ablation, paper_rows
+from dinovmf_plugin.report.tables import Table
 
-__all__ = ["Table", "ablation_table", "comparison_table", "difference_sentences", "markdown"]
+__all__ = [
+    "ablation_table",
+    "breaking_points",
+    "comparison_table",
+    "difference_sentences",
+    "paper_table",
+    "stability_sentences",
+    "stability_table",
+    "utilization_table",
+]
 
-Table = tuple[list[str], list[list[str]]]
 NORMALIZATIONS = ("none", "l2", "vmf")
 _NAMES = {
     "linear_cls": "linear [C]",
     "linear_dino": "linear [D]",
     "transfer": "transfer",
-}
-_PAPER_NAMES = {
-    "dino_multicrop": "DINO",
-    "dino_vmf": "DINO-vMF",
-    "ibot": "iBOT",
-    "ibot_vmf": "iBOT-vMF",
-    "msn": "MSN",
 }
 
 
@@ -40,21 +42,6 @@ def metric_name(metric: str) -> str:
     return _NAMES.get(metric, metric.removeprefix("few_shot_"))
 
 
-def markdown(table: Table) -> str:
-    """GitHub's table syntax.
-
-    Example:
-        >>> print(markdown((["", "logit"], [["vmf", "71.0 ± 1.0"]])))
-        |  | logit |
-        |---|---:|
-        | vmf | 71.0 ± 1.0 |
-    """
-    header, rows = table
-    rule = "|---|" + "---:|" * (len(header) - 1)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
 def _cell(group: Group | None, metric: str) -> str:
     if group is None:
         return "–"
@@ -68,7 +55,8 @@ def ablation_table(groups: Sequence[Group], metric: str) -> Table:
     by_switches = {group.switches: group for group in groups}
     found = dict.fromkeys(centering for _, centering in by_switches)
     centerings = [c for c in ("logit", "probability", "sinkhorn") if c in found]
-    printed = [c for c in centerings if ("none", c) in PAPER_ABLATION]
+    paper = paper_ablation()
+    printed = [c for c in centerings if ("none", c) in paper]
     header = ["normalization", *centerings, *[f"paper, ImageNet: {c}" for c in printed]]
     rows = []
     for normalization in NORMALIZATIONS:
@@ -76,9 +64,9 @@ def ablation_table(groups: Sequence[Group], metric: str) -> Table:
             continue
         row = [normalization]
         row += [_cell(by_switches.get((normalization, c)), metric) for c in centerings]
-        row += [f"{PAPER_ABLATION[normalization, c]:.2f}" for c in printed]
+        row += [f"{paper[normalization, c].mean:.2f}" for c in printed]
         rows.append(row)
-    return header, rows
+    return Table(header, rows)
 
 
 def comparison_table(groups: Sequence[Group], metrics: Sequence[str]) -> Table:
@@ -87,13 +75,13 @@ def comparison_table(groups: Sequence[Group], metrics: Sequence[str]) -> Table:
         [group.name, *[_cell(group, metric) for metric in metrics], str(len(group.runs))]
         for group in groups
     ]
-    return ["", *map(metric_name, metrics), "seeds"], rows
+    return Table(["", *map(metric_name, metrics), "seeds"], rows)
 
 
-def paper_table(groups: Sequence[Group], architecture: str = "ViT-Small/16") -> Table | None:
+def paper_table(groups: Sequence[Group], architecture: str = "vit_small/16") -> Table | None:
     """The paper's ImageNet numbers of the methods that are compared; None if it has none of them."""
-    methods = [_PAPER_NAMES.get(str(group.runs[0]["method"])) for group in groups]
-    chosen = [r for r in PAPER if r.architecture == architecture and r.method in methods]
+    methods = [method_label({"method": group.runs[0]["method"]}, "") for group in groups]
+    chosen = [row for row in paper_rows(architecture) if row.method in methods]
     if not chosen:
         return None
     settings = ("1 per class", "2 per class", "5 per class", "1 %")
@@ -106,7 +94,8 @@ def paper_table(groups: Sequence[Group], architecture: str = "ViT-Small/16") -> 
          *[text(row.few_shot.get(s)) for s in settings]]
         for row in chosen
     ]  # fmt: skip
-    return [f"paper, ImageNet, {architecture}", "kNN", "linear [C]", "linear [D]", *settings], rows
+    name = f"paper, ImageNet, {chosen[0].architecture}"
+    return Table([name, "kNN", "linear [C]", "linear [D]", *settings], rows)
 
 
 def utilization_table(groups: Sequence[Group]) -> Table | None:
@@ -134,7 +123,7 @@ def utilization_table(groups: Sequence[Group]) -> Table | None:
         )
     header = ["", "unique prototypes", "largest duplicate set", "runs with a void set"]
     header += ["used (perplexity)", "κ 5 %", "κ median", "κ 95 %"]
-    return (header, rows) if rows else None
+    return Table(header, rows) if rows else None
 
 
 def difference_sentences(groups: Sequence[Group], metric: str, baseline: Group) -> list[str]:
@@ -145,3 +134,71 @@ def difference_sentences(groups: Sequence[Group], metric: str, baseline: Group) 
         for group in groups
         if group is not baseline and group.values(metric) and floor
     ]
+
+
+def breaking_points(groups: Sequence[Group]) -> dict[str, dict[str, Any]]:
+    """Per candidate: learning rates tried, the lowest at which a run broke, and how.
+
+    Args:
+        groups: with a learning rate each.
+
+    Returns:
+        ``{label: {"lrs": [...], "breaks_at": lr or None, "outcomes": {outcome: runs}, "seeds": n,
+        "highest_whole": lr or None}}``; ``outcomes`` are those at ``breaks_at``, and ``highest_whole``
+        is the highest rate below it (or of all) at which every run trained.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for label in dict.fromkeys(group.label for group in groups):
+        mine = sorted((g for g in groups if g.label == label), key=lambda g: g.lr or 0.0)
+        broken = next((g for g in mine if g.broken), None)
+        whole = [g.lr for g in mine[: mine.index(broken) if broken else None]]
+        found[label] = {
+            "lrs": [g.lr for g in mine],
+            "breaks_at": broken.lr if broken else None,
+            "outcomes": dict(Counter(broken.broken)) if broken else {},
+            "seeds": len(broken.runs) if broken else max(len(g.runs) for g in mine),
+            "highest_whole": whole[-1] if whole else None,
+        }
+    return found
+
+
+def stability_table(groups: Sequence[Group], metric: str) -> Table:
+    """Candidates by learning rates, ``mean ± std`` and how many runs broke."""
+    rates = sorted({group.lr for group in groups if group.lr is not None})
+    by_key = {(group.label, group.lr): group for group in groups}
+    rows = []
+    for label in dict.fromkeys(group.label for group in groups):
+        row = [label]
+        for rate in rates:
+            group = by_key.get((label, rate))
+            if group is None:
+                row.append("–")
+                continue
+            counts = Counter(group.broken)
+            told = [f"{n} of {len(group.runs)} {outcome}" for outcome, n in counts.items()]
+            values = group.values(metric)
+            row.append("; ".join([*([with_spread(values)] if values else []), *told]))
+        rows.append(row)
+    return Table(["", *[f"lr {rate:g}" for rate in rates]], rows)
+
+
+def stability_sentences(groups: Sequence[Group]) -> list[str]:
+    """One sentence per candidate."""
+    sentences = []
+    for label, found in breaking_points(groups).items():
+        if found["breaks_at"] is None:
+            sentences.append(
+                f"{label} did not break at any learning rate tried, up to {max(found['lrs']):g} "
+                f"({found['seeds']} seeds)."
+            )
+            continue
+        how = ", ".join(f"{n} {outcome}" for outcome, n in found["outcomes"].items())
+        before = found["highest_whole"]
+        told = (
+            "at the lowest rate tried" if before is None else f"all runs trained up to {before:g}"
+        )
+        sentences.append(
+            f"{label} breaks at learning rate {found['breaks_at']:g} ({how} of {found['seeds']} seeds); "
+            f"{told}."
+        )
+    return sentences

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from dinovmf_plugin.analysis.gallery import thumbnail
 from dinovmf_plugin.data.folders import list_images
 from dinovmf_plugin.features.extraction import extract_features
-from dinovmf_plugin.report.page import Page, Sheet, Thumbnail, table
+from dinovmf_plugin.report.page import Page, Sheet, Thumbnail
+from dinovmf_plugin.report.tables import Table
 from dinovmf_plugin.report.theme import themed
 from dinovmf_plugin.runs.folder import write_atomic
 
@@ -201,7 +202,7 @@ def write_report(
          methods[name]["gain_over_untrained"] if name in methods else None]
         for name, accuracy in rows_of.items()
     ]  # fmt: skip
-    page.raw(table(["features", *[f"k = {k[1:]}" for k in ks], "over untrained"], rows))
+    page.table(Table(["features", *[f"k = {k[1:]}" for k in ks], "over untrained"], rows))
     page.section("Training")
     page.charts(
         (
@@ -227,11 +228,11 @@ def write_report(
         page.text(f"{name}: {message}", note=True)
     page.section("What the networks see")
     for sheet in _crop_sheets(crops, recipe):
-        page.raw(sheet.html())
+        page.sheet(sheet)
     for name, network in trained.items():
         page.section(f"Nearest neighbours: {name}")
         for sheet in _neighbour_sheets(network, folder, data):
-            page.raw(sheet.html())
+            page.sheet(sheet)
     page.text(f"Pictures: {about['note']}. Licence: {about['licence']}.", note=True)
     shown = {k: results[k] for k in ("settings", "recipe", "versions")}
     page.details("Settings and versions", json.dumps(shown, indent=2))

@@ -1,234 +1,49 @@
-"""Each evaluation from images to numbers: prepare (cheap, refuses bad input) and run."""
+"""The evaluations that ``scripts/evaluate.py`` knows: one line each."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch.distributed as dist
+from dinovmf_plugin.evaluation.knn import KNN
+from dinovmf_plugin.evaluation.linear import LINEAR
+from dinovmf_plugin.evaluation.logistic import FEW_SHOT, TRANSFER
+from dinovmf_plugin.evaluation.protocol import Protocol
+from dinovmf_plugin.evaluation.settings import DataSettings, EvaluationSettings
+from dinovmf_plugin.runs.settings import build, check_type
 
-from dinovmf_plugin.evaluation.linear.task import prepare_linear
-from dinovmf_plugin.evaluation.logistic.datasets import MEAN_PER_CLASS, load_transfer_dataset
-from dinovmf_plugin.evaluation.logistic.few_shot import few_shot_over_splits
-from dinovmf_plugin.evaluation.logistic.splits import draw_splits, match_listed, msn_split_files
-from dinovmf_plugin.evaluation.logistic.transfer import check_folds, cross_validated_accuracy
-from dinovmf_plugin.evaluation.settings import (
-    EvaluationSettings,
-    FewShotSettings,
-    KnnSettings,
-    TransferSettings,
-)
-from dinovmf_plugin.evaluation.workbench import Images, Workbench
-from dinovmf_plugin.features.images import ImageSet, describe
-from dinovmf_plugin.features.knn import knn_accuracy
-from dinovmf_plugin.report.paper import TABLE_5
+__all__ = ["PROTOCOLS", "evaluation_settings"]
 
-__all__ = ["PREPARE", "Run"]
-
-Run = Callable[[Workbench], dict[str, Any]]
-
-
-def _alone(bench: Workbench, solve: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The first process solves, all get the result."""
-    if not bench.processes.active:
-        return solve()
-    box = [solve() if bench.processes.rank == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    result: dict[str, Any] = box[0]  # type: ignore[assignment]
-    return result
-
-
-def prepare_knn(settings: KnnSettings, images: Images, run: EvaluationSettings) -> Run:
-    """Checks that the bank serves at least one k; those it cannot serve are skipped and recorded."""
-    bank, _ = len(images.train), len(images.val)
-    ks = sorted(k for k in set(settings.ks) if k <= bank)
-    if not ks:
-        raise ValueError(
-            f"knn.ks={list(settings.ks)}: data.train_path holds only {bank} images, use k <= {bank}"
-        )
-
-    skipped = sorted(set(settings.ks) - set(ks))
-    if skipped:
-        warnings.warn(f"knn.ks: {skipped} are skipped, the bank holds {bank} images", stacklevel=2)
-
-    def knn(bench: Workbench) -> dict[str, Any]:
-        wanted, crop = {"feature": settings.feature}, bench.transform(settings)
-        train, train_labels = bench.features(images.train, wanted, crop)
-        val, val_labels = bench.features(images.val, wanted, crop)
-        found = knn_accuracy(
-            train["feature"],
-            train_labels,
-            val["feature"].to(bench.device),
-            val_labels,
-            ks=ks,
-            temperature=settings.temperature,
-            chunk=settings.chunk,
-            query_chunk=settings.query_chunk,
-            distributed=bench.processes.active,
-            progress=bench.progress,
-        )
-        return {
-            **{f"k{k}": {"top1": top1, "top5": top5} for k, (top1, top5) in found.items()},
-            "skipped_ks": skipped,
-            "feature": bench.describe_feature(settings.feature),
-            "transform": describe(crop, run.data.format),
-            "train_images": bank,
-            "val_images": len(val_labels),
-        }
-
-    return knn
-
-
-def _few_shot_splits(
-    settings: FewShotSettings, train: ImageSet, seed: int
-) -> dict[str, list[np.ndarray[Any, Any]]]:
-    if settings.split_dir is not None:
-        if train.folder is None:
-            raise ValueError("few_shot.split_dir needs images in a folder")
-        files = msn_split_files(
-            settings.split_dir, settings.counts, settings.fraction, settings.num_splits
-        )
-        return match_listed(files, [train.folder.path(i) for i in range(len(train))])
-    smallest = int(train.labels.bincount().min())
-    counts = [n for n in settings.counts if n <= smallest]
-    if not counts and settings.fraction is None:
-        raise ValueError(
-            f"few_shot.counts={list(settings.counts)}: the smallest class of data.train_path has only "
-            f"{smallest} images"
-        )
-    return draw_splits(train.labels.numpy(), counts, settings.fraction, settings.num_splits, seed)
-
-
-def prepare_few_shot(settings: FewShotSettings, images: Images, run: EvaluationSettings) -> Run:
-    """Draws or reads the splits; counts that the smallest class cannot serve are recorded as skipped."""
-    train, _ = images.train, images.val
-    splits = _few_shot_splits(settings, train, run.seed)
-    rows = np.unique(np.concatenate([row for group in splits.values() for row in group]))
-    within = {
-        name: [np.searchsorted(rows, split).tolist() for split in group]
-        for name, group in splits.items()
-    }
-    skipped = [n for n in settings.counts if f"{n} per class" not in splits]
-    if skipped:
-        warnings.warn(
-            f"few_shot.counts: {skipped} are skipped, the smallest class has fewer images",
-            stacklevel=2,
-        )
-
-    def few_shot(bench: Workbench) -> dict[str, Any]:
-        wanted, crop = {"feature": settings.feature}, bench.transform(settings)
-        # only the images that a split names go through the network
-        few = train.subset(rows.tolist(), "few-shot")
-        features, labels = bench.features(few, wanted, crop)
-        val, val_labels = bench.features(images.val, wanted, crop)
-        found = _alone(
-            bench,
-            lambda: few_shot_over_splits(
-                features["feature"],
-                labels,
-                within,
-                val["feature"],
-                val_labels,
-                lambd=settings.lambd,
-                preprocess=settings.preprocess,
-                tol=settings.tol,
-                max_iter=settings.max_iter,
-                progress=bench.progress,
-            ),
-        )
-        return {
-            "top1": found,
-            "skipped_counts": skipped,
-            "splits": settings.split_dir or f"drawn, seed {run.seed}",
-            "feature": bench.describe_feature(settings.feature),
-            "transform": describe(crop, run.data.format),
-            "val_images": len(val_labels),
-        }
-
-    return few_shot
-
-
-@dataclass(frozen=True)
-class _Pair:
-    name: str
-    train: ImageSet
-    test: ImageSet
-
-
-def _pairs(settings: TransferSettings, images: Images) -> list[_Pair]:
-    if settings.root is None:
-        return [_Pair("data", images.train, images.val)]
-    names: Sequence[str] = TABLE_5 if settings.datasets is None else settings.datasets
-    return [_Pair(name, *load_transfer_dataset(name, settings.root)) for name in names]
-
-
-def transfer_averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Plain means over the data sets: of each metric, and of the one Ericsson et al. use per set.
-
-    Example:
-        >>> one = {"top1": 80.0, "mean_per_class": 70.0}
-        >>> transfer_averages({"pets": one, "cifar10": one})["protocol_metric"]
-        75.0
-    """
-    own = [
-        result["mean_per_class" if name in MEAN_PER_CLASS else "top1"]
-        for name, result in results.items()
-    ]
-    return {
-        "top1": float(np.mean([result["top1"] for result in results.values()])),
-        "mean_per_class": float(np.mean([r["mean_per_class"] for r in results.values()])),
-        "protocol_metric": float(np.mean(own)),
-    }
-
-
-def prepare_transfer(settings: TransferSettings, images: Images, run: EvaluationSettings) -> Run:
-    """Lists every data set and checks the folds of each."""
-    pairs = _pairs(settings, images)
-    for pair in pairs:
-        check_folds(pair.train.labels, settings.folds, f"transfer {pair.name}")
-
-    def transfer(bench: Workbench) -> dict[str, Any]:
-        wanted, crop = {"feature": settings.feature}, bench.transform(settings)
-        results: dict[str, Any] = {}
-        for pair in pairs:
-            train, labels = bench.features(pair.train, wanted, crop)
-            test, test_labels = bench.features(pair.test, wanted, crop)
-            results[pair.name] = _alone(
-                bench,
-                lambda train=train, labels=labels, test=test, test_labels=test_labels, pair=pair: (  # type: ignore[misc]
-                    cross_validated_accuracy(
-                        train["feature"],
-                        labels,
-                        test["feature"],
-                        test_labels,
-                        weight_decays=settings.weight_decays,
-                        folds=settings.folds,
-                        select=settings.select,
-                        seed=run.seed,
-                        tol=settings.tol,
-                        max_iter=settings.max_iter,
-                        n_jobs=settings.n_jobs,
-                        progress=bench.progress,
-                        name=pair.name,
-                    )
-                ),
-            )
-        return {
-            "datasets": results,
-            "average": transfer_averages(results),
-            "feature": bench.describe_feature(settings.feature),
-            "transform": describe(crop, run.data.format),
-        }
-
-    return transfer
-
-
-PREPARE: dict[str, Callable[[Any, Images, EvaluationSettings], Run]] = {
-    "knn": prepare_knn,
-    "linear": prepare_linear,
-    "few_shot": prepare_few_shot,
-    "transfer": prepare_transfer,
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol for protocol in (KNN, LINEAR, FEW_SHOT, TRANSFER)
 }
+
+
+def evaluation_settings(
+    config: Mapping[str, Any], evaluations: Sequence[str] | None = None
+) -> EvaluationSettings:
+    """Read a resolved hydra config: common keys, ``data``, and one section per evaluation.
+
+    Args:
+        config: plain containers.
+        evaluations: by default ``config["evaluations"]``.
+
+    Raises:
+        ValueError: for an unknown evaluation or key, or a value of the wrong type or that cannot work.
+    """
+    config = dict(config)
+    given = config.pop("evaluations", ()) if evaluations is None else evaluations
+    check_type("evaluations", given, Sequence[str])
+    chosen = list(given)
+    unknown = [name for name in chosen if name not in PROTOCOLS]
+    if unknown or not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"evaluations={chosen} must be some of {list(PROTOCOLS)}, each once")
+    sections = {
+        name: build(protocol.settings, config.pop(name, {}) or {}, f"{name}.")
+        for name, protocol in PROTOCOLS.items()
+    }
+    data = build(DataSettings, config.pop("data", {}) or {}, "data.")
+    rest = {"evaluations": chosen, "sections": sections, "data": data}
+    settings: EvaluationSettings = build(EvaluationSettings, config | rest, "")
+    settings.check()
+    return settings

@@ -15,10 +15,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.core.distributed import Processes, launched_processes
-from dinovmf_plugin.evaluation.page import evaluation_page, text_table
-from dinovmf_plugin.evaluation.protocols import PREPARE, Run
+from dinovmf_plugin.evaluation.page import evaluation_page
+from dinovmf_plugin.evaluation.protocols import PROTOCOLS, evaluation_settings
 from dinovmf_plugin.evaluation.settings import EvaluationSettings
-from dinovmf_plugin.evaluation.workbench import Images, Workbench
+from dinovmf_plugin.evaluation.workbench import Images, Run, Workbench
 from dinovmf_plugin.features.extraction import resolve_feature
 from dinovmf_plugin.features.network import EvaluatedBackbone, load_evaluated, untrained_like
 from dinovmf_plugin.runs.folder import pick_device, versions, write_atomic, write_json
@@ -122,7 +122,7 @@ def evaluate(
     """
     if isinstance(config, DictConfig):
         config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    settings = EvaluationSettings.from_config(config, evaluations)
+    settings = evaluation_settings(config, evaluations)
     device = pick_device(settings.device)
     # from cheap to dear: the file, the features' names, the listings of images; only then the passes
     networks = _networks(settings)
@@ -131,9 +131,11 @@ def evaluate(
         for feature in settings.sections[name].wanted:
             resolve_feature(feature, main.model)
     images = Images(settings)
+    protocols = [PROTOCOLS[name] for name in settings.evaluations]
     runs = {
-        name: PREPARE[name](settings.sections[name], images, settings)
-        for name in settings.evaluations
+        protocol.name: protocol.prepare(settings.sections[protocol.name], images, settings)
+        for protocol in protocols
+        if protocol.prepare is not None
     }
     output = Path(str(settings.output_dir))
     results: dict[str, Any] = {}
@@ -166,11 +168,16 @@ def evaluate(
                 if first:
                     write_json(output / f"{file}.json", layout(results, record))
         if first:
-            for name in settings.evaluations:
-                print(text_table(by_network, name), end="\n\n")
+            for protocol in protocols:
+                ours = {label: found[protocol.name] for label, found in by_network.items()}
+                print(protocol.text(ours), end="\n\n")
             architecture = main.shape.name if main.shape is not None else None
             page = evaluation_page(
-                by_network, architecture, f"Evaluation of {main.label}", _page_record(record)
+                protocols,
+                by_network,
+                architecture,
+                f"Evaluation of {main.label}",
+                _page_record(record),
             )
             content = page.html().encode()
             write_atomic(output / f"{file}.html", lambda handle: handle.write(content))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dinovmf_plugin.core.distributed import Processes
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings, _Section
+from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings, Section
 from dinovmf_plugin.features.cache import FeatureKey, load_feature_file, save_feature_file
 from dinovmf_plugin.features.extraction import extract_feature_set, resolve_feature
 from dinovmf_plugin.features.images import (
@@ -25,7 +26,7 @@ from dinovmf_plugin.features.images import (
 )
 from dinovmf_plugin.features.network import EvaluatedBackbone
 
-__all__ = ["Images", "Workbench"]
+__all__ = ["Images", "Run", "Workbench", "solve_alone"]
 
 
 class Images:
@@ -84,7 +85,7 @@ class Workbench:
         spec = resolve_feature(feature, self.backbone.model)
         return "output of the network" if spec is None else str(spec)
 
-    def transform(self, section: _Section) -> CenterCrop:
+    def transform(self, section: Section) -> CenterCrop:
         """The section's test transform with the network's own channel statistics."""
         return replace(section.transform, **self.backbone.statistics._asdict())
 
@@ -155,3 +156,17 @@ class Workbench:
                 if self.processes.rank == 0:
                     save_feature_file(files[name][0], found[name], labels, files[name][1], dtype)
         return {name: found[name] for name in features}, labels
+
+
+Run = Callable[[Workbench], dict[str, Any]]
+"""An evaluation that is prepared: from a network on the bench to its result."""
+
+
+def solve_alone(bench: Workbench, solve: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Let the first process solve and give the result to all."""
+    if not bench.processes.active:
+        return solve()
+    box = [solve() if bench.processes.rank == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    result: dict[str, Any] = box[0]  # type: ignore[assignment]
+    return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,10 @@ from dinovmf_plugin.checkpoints.loading import backbone_from
 from dinovmf_plugin.checkpoints.reading import resolve_file
 from dinovmf_plugin.data.channels import IMAGENET, Statistics, channel_statistics
 from dinovmf_plugin.features.extraction import PixelFeatures
+from dinovmf_plugin.report.paper import method_label
 from dinovmf_plugin.runs.folder import file_digest
 
-__all__ = ["EvaluatedBackbone", "load_evaluated", "method_label", "random_name", "untrained_like"]
+__all__ = ["EvaluatedBackbone", "load_evaluated", "random_name", "untrained_like"]
 
 _PIXEL_SIZE = 32
 
@@ -43,26 +43,6 @@ class EvaluatedBackbone:
     record: dict[str, Any]
     shape: ViTShape | None = None
     statistics: Statistics = IMAGENET
-
-
-def method_label(config: Mapping[str, Any], source: str) -> str:
-    """The paper's name of the method that wrote a checkpoint, from its stored config.
-
-    Example:
-        >>> method_label({"method": "dino_vmf", "method_kwargs": {"normalization": "vmf"}}, "")
-        'DINO-vMF'
-        >>> method_label({}, "ibot")
-        'iBOT'
-    """
-    method = str(config.get("method") or source).lower()
-    kwargs = config.get("method_kwargs")
-    names = {"ibot": "iBOT", "msn": "MSN", "dino": "DINO"}
-    family = next((name for key, name in names.items() if key in method), None)
-    if family is None:
-        return "checkpoint"
-    if not isinstance(kwargs, Mapping) or "normalization" not in kwargs:
-        return f"{family}-vMF" if "vmf" in method else family
-    return f"{family}-vMF" if kwargs["normalization"] == "vmf" else family
 
 
 def _random_vit(build: Any, seed: int) -> nn.Module:

@@ -2,12 +2,15 @@
 
 import pytest
 
-from dinovmf_plugin.evaluation.page import evaluation_page, text_table
+from dinovmf_plugin.evaluation.finetuning import FINETUNE
+from dinovmf_plugin.evaluation.page import evaluation_page
+from dinovmf_plugin.evaluation.protocols import PROTOCOLS
 from dinovmf_plugin.report.paper import TABLE_5
 
 
 def _html(evaluation, result, architecture="vit_base/16"):
-    page = evaluation_page({"ours": {evaluation: result}}, architecture, "Title", {})
+    protocol = {**PROTOCOLS, FINETUNE.name: FINETUNE}[evaluation]
+    page = evaluation_page([protocol], {"ours": {evaluation: result}}, architecture, "Title", {})
     return page.html()
 
 
@@ -77,7 +80,7 @@ def test_linear_tables():
     assert "[C] cls, 8</td><td>40.00</td><td>0.01</td><td>3</td><td>30.00</td><td>35.00" in html
     assert "held-out</th>" not in html
     assert "held-out</th>" in _html("linear", _linear(chosen={"top1": 33.0}))
-    text = text_table({"ours": {"linear": _linear()}}, "linear")
+    text = PROTOCOLS["linear"].text({"ours": _linear()})
     assert "[D] dino" in text
     assert "its epoch" in text
 

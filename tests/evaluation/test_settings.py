@@ -6,8 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from dinovmf_plugin.evaluation.finetuning.settings import FinetuneSettings
+from dinovmf_plugin.evaluation.protocols import PROTOCOLS, evaluation_settings
 from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
-from dinovmf_plugin.evaluation.settings import EVALUATIONS, EvaluationSettings
+from dinovmf_plugin.evaluation.settings import EvaluationSettings
 from dinovmf_plugin.evaluation.video.settings import VideoSettings
 from dinovmf_plugin.runs.settings import read
 
@@ -16,10 +17,10 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-@pytest.mark.parametrize("name", list(EVALUATIONS))
+@pytest.mark.parametrize("name", list(PROTOCOLS))
 def test_every_key_is_in_the_config_with_the_protocols_default(compose, name):
     config = OmegaConf.to_container(compose("evaluate"))[name]
-    section = EVALUATIONS[name]()
+    section = PROTOCOLS[name].settings()
     assert config == {f.name: _plain(getattr(section, f.name)) for f in fields(section)}
 
 
@@ -29,9 +30,9 @@ def test_the_common_keys_too(compose):
     assert config.pop("data") == {
         f.name: getattr(settings.data, f.name) for f in fields(settings.data)
     }
-    for name in EVALUATIONS:
+    for name in PROTOCOLS:
         del config[name]
-    assert config.pop("evaluations") == list(EVALUATIONS)
+    assert config.pop("evaluations") == list(PROTOCOLS)
     common = {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)}
     for key in ("evaluations", "sections", "data"):
         del common[key]
@@ -139,14 +140,14 @@ def test_finetuning_recipes(compose):
 def test_bad_values_name_their_key(compose, overrides, message):
     config = compose("evaluate", "checkpoint=a", "output_dir=b", *overrides)
     with pytest.raises(ValueError, match=message):
-        EvaluationSettings.from_config(OmegaConf.to_container(config))
+        evaluation_settings(OmegaConf.to_container(config))
 
 
 def test_unknown_keys_are_refused():
     with pytest.raises(ValueError, match=r"unknown key knn\.kss: choose from"):
-        EvaluationSettings.from_config({"evaluations": ["knn"], "knn": {"kss": 1}})
+        evaluation_settings({"evaluations": ["knn"], "knn": {"kss": 1}})
     with pytest.raises(ValueError, match="unknown key chekpoint"):
-        EvaluationSettings.from_config({"evaluations": ["knn"], "chekpoint": "x"})
+        evaluation_settings({"evaluations": ["knn"], "chekpoint": "x"})
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_lists_and_numbers_of_every_kind_are_taken():
     }
     data = {"train_path": Path("train"), "batch_size": np.int64(4)}
     given = {"checkpoint": "a", "output_dir": Path("b"), "evaluations": ("knn",), "data": data}
-    settings = EvaluationSettings.from_config(given | sections)
+    settings = evaluation_settings(given | sections)
     assert list(settings.sections["knn"].ks) == [1, 2]
     assert settings.data.batch_size == 4
 

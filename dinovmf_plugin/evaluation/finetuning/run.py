@@ -21,6 +21,7 @@ from dinovmf_plugin.checkpoints.layouts import read_weights
 from dinovmf_plugin.checkpoints.reading import resolve_file
 from dinovmf_plugin.core.distributed import Processes, launched_processes
 from dinovmf_plugin.data.channels import IMAGENET, channel_statistics
+from dinovmf_plugin.evaluation.finetuning import FINETUNE
 from dinovmf_plugin.evaluation.finetuning.settings import FinetuneSettings
 from dinovmf_plugin.evaluation.finetuning.trainer import (
     FineTuner,
@@ -29,7 +30,7 @@ from dinovmf_plugin.evaluation.finetuning.trainer import (
 )
 from dinovmf_plugin.evaluation.logistic.datasets import load_transfer_dataset
 from dinovmf_plugin.evaluation.logistic.regression import class_scores
-from dinovmf_plugin.evaluation.page import evaluation_page, text_table
+from dinovmf_plugin.evaluation.page import evaluation_page
 from dinovmf_plugin.evaluation.runner import all_versions, keep_previous
 from dinovmf_plugin.evaluation.settings import PRECISIONS, DataSettings, EvaluationSettings
 from dinovmf_plugin.evaluation.workbench import Images
@@ -272,10 +273,11 @@ def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
             if first:
                 write_json(sweep.output / "finetune.json", results)
         if first:
-            ours = {"fine-tuned": {"finetune": results}}
-            print(text_table(ours, "finetune"))
+            print(FINETUNE.text({"fine-tuned": results}))
             subtitle = f"{Path(sweep.checkpoint).name} · {run.which}"
-            page = evaluation_page(ours, None, "Fine-tuning", {"subtitle": subtitle, **results})
+            ours = {"fine-tuned": {FINETUNE.name: results}}
+            record = {"subtitle": subtitle, **results}
+            page = evaluation_page([FINETUNE], ours, None, FINETUNE.title, record)
             content = page.html().encode()
             write_atomic(sweep.output / "finetune.html", lambda handle: handle.write(content))
     return results

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from dinovmf_plugin.evaluation.settings import _at_least, _one_of, _Section
+from dinovmf_plugin.evaluation.settings import Section, at_least, one_of
 
 __all__ = ["FinetuneSettings"]
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(_Section):
+class FinetuneSettings(Section):
     """Training the whole network with labels (protocol sources: BEiT as iBOT uses it, and DeiT).
 
     The random augmentation is timm's: random resized crops, flips, RandAugment, random erasing, then
@@ -58,19 +58,19 @@ class FinetuneSettings(_Section):
         return lr * self.batch_size / self.lr_reference_batch
 
     def check(self) -> None:
-        """See ``_Section.check``."""
+        """Refuse what cannot work (``ValueError`` naming the key)."""
         super().check()
         if not self.lrs or min(self.lrs) <= 0:
             raise ValueError(f"finetune.lr={self.lr} must be one or more positive learning rates")
-        _at_least("finetune.epochs", self.epochs, 1)
-        _at_least("finetune.batch_size", self.batch_size, 1)
+        at_least("finetune.epochs", self.epochs, 1)
+        at_least("finetune.batch_size", self.batch_size, 1)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"finetune.warmup_epochs={self.warmup_epochs} must be at least 0 and below "
                 f"epochs={self.epochs}"
             )
         for key in ("mixup", "cutmix", "min_lr", "warmup_lr", "weight_decay", "init_scale"):
-            _at_least(f"finetune.{key}", getattr(self, key), 0)
+            at_least(f"finetune.{key}", getattr(self, key), 0)
         for key in ("smoothing", "erasing", "drop_path"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(
@@ -82,7 +82,7 @@ class FinetuneSettings(_Section):
                 raise ValueError(f"finetune.{key}={value} must be between 0 and 1, or null")
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise ValueError(f"finetune.clip_grad={self.clip_grad} must be positive, or null")
-        _one_of("finetune.train_interpolation", self.train_interpolation, ("bicubic", "bilinear"))
+        one_of("finetune.train_interpolation", self.train_interpolation, ("bicubic", "bilinear"))
         if self.mixes and self.batch_size % 2:
             raise ValueError(
                 f"finetune.batch_size={self.batch_size} must be even for mixup and cutmix"

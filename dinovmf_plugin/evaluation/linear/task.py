@@ -21,8 +21,9 @@ from dinovmf_plugin.evaluation.linear.scores import (
     scaled_lrs,
     summarize_probes,
 )
-from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings, LinearSettings
-from dinovmf_plugin.evaluation.workbench import Images, Workbench
+from dinovmf_plugin.evaluation.linear.settings import LinearSettings
+from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings
+from dinovmf_plugin.evaluation.workbench import Images, Run, Workbench
 from dinovmf_plugin.features.extraction import backbone_features, resolve_feature
 from dinovmf_plugin.features.images import ImageSet, describe
 
@@ -142,8 +143,8 @@ def _names(features: Any, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def prepare_linear(settings: LinearSettings, images: Images, run: EvaluationSettings) -> Any:
-    """Cuts off the held-out images and checks the classes."""
+def prepare_linear(settings: LinearSettings, images: Images, run: EvaluationSettings) -> Run:
+    """Cut off the held-out images and check the classes."""
     fit, held = holdout_rows(images.train.labels, settings.holdout, run.seed)
     train, val = images.train.subset(fit, "train"), images.val
     if not held:

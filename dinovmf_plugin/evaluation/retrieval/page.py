@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from dinovmf_plugin.evaluation.paper_tables import PAPER_RETRIEVAL, of_architecture
-from dinovmf_plugin.report.page import Page, table
-from dinovmf_plugin.report.pictures import embedded
+from dinovmf_plugin.report.page import Page
+from dinovmf_plugin.report.paper import paper_rows
+from dinovmf_plugin.report.tables import Table
 
 __all__ = ["format_scores", "retrieval_page"]
 
@@ -24,18 +24,16 @@ def format_scores(results: dict[str, Any]) -> str:
     Example:
         >>> score = {"mAP": 0.5, "mP@1": 1.0, "mP@5": float("nan"), "mP@10": 0.25}
         >>> print(format_scores({"dataset": "tiny", "scores": {"easy": score}}))
-        tiny       mAP   mP@1   mP@5  mP@10
-        easy      50.0  100.0    nan   25.0
+        tiny     mAP    mP@1    mP@5    mP@10
+        easy    50.0   100.0     nan     25.0
     """
     scores = results["scores"]
     columns = list(next(iter(scores.values())))
-    width = max(8, len(results["dataset"]))
-    lines = [f"{results['dataset']:<{width}}" + "".join(f"{name:>7}" for name in columns)]
-    lines += [
-        f"{difficulty:<{width}}" + "".join(f"{_percent(score[name]):>7}" for name in columns)
+    rows = [
+        [difficulty, *(_percent(score[name]) for name in columns)]
         for difficulty, score in scores.items()
     ]
-    return "\n".join(lines)
+    return Table([results["dataset"], *columns], rows).text()
 
 
 def _score_rows(
@@ -45,12 +43,10 @@ def _score_rows(
     rows: list[list[object]] = [
         [label, *(_percent(scores[difficulty]["mAP"]) for difficulty in scores)]
     ]
-    for method, name in of_architecture(PAPER_RETRIEVAL, architecture):
-        if dataset in PAPER_RETRIEVAL[method, name]:
-            medium, hard = PAPER_RETRIEVAL[method, name][dataset]
-            rows.append(
-                [f"{method} {name}, paper (ImageNet)", None, f"{medium:.1f}", f"{hard:.1f}"]
-            )
+    for row in paper_rows(architecture):
+        if dataset in row.retrieval:
+            medium, hard = row.retrieval[dataset]
+            rows.append([row.label(), None, f"{medium:.1f}", f"{hard:.1f}"])
     return rows
 
 
@@ -78,7 +74,7 @@ def retrieval_page(
     )
     page.section("Mean average precision")
     rows = _score_rows(results, label, architecture)
-    page.raw(table(["mAP (%)", "easy", "medium", "hard"], rows))
+    page.table(Table(["mAP (%)", "easy", "medium", "hard"], rows))
     if len(rows) > 1:
         page.text(
             "The paper's rows are its own numbers (Table 6, ImageNet-1k, face-blurred images), not "
@@ -87,8 +83,8 @@ def retrieval_page(
         )
     page.section("Precision at the top")
     columns = [name for name in scores["medium"] if name != "mAP"]
-    page.raw(
-        table(
+    page.table(
+        Table(
             ["(%)", *columns],
             [
                 [difficulty, *(_percent(score[name]) for name in columns)]
@@ -102,13 +98,13 @@ def retrieval_page(
             "Left the query (Q). Green, E: easy positive. Blue, H: hard positive. Grey, J: not counted. "
             "Red, x: wrong."
         )
-        page.raw(embedded(sheet, "queries and their first results"))
+        page.picture(sheet, "queries and their first results")
     page.section("Every query")
     per_query = [
         [name, *(_percent(value[difficulty]) for difficulty in scores)]
         for name, value in results["average_precision"].items()
     ]
-    page.raw(table(["AP (%)", *scores], per_query))
+    page.table(Table(["AP (%)", *scores], per_query))
     record = {key: results[key] for key in ("checkpoint", "settings", "speed", "versions")}
     page.details("Checkpoint, settings and versions", json.dumps(record, indent=2, default=str))
     return page.html()

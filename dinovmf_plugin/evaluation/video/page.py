@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from dinovmf_plugin.evaluation.paper_tables import PAPER_VIDEO, of_architecture
 from dinovmf_plugin.evaluation.video.scores import summarize_objects
-from dinovmf_plugin.report.page import Page, table
-from dinovmf_plugin.report.pictures import embedded
+from dinovmf_plugin.report.page import Page
+from dinovmf_plugin.report.paper import paper_rows
+from dinovmf_plugin.report.tables import Table
 
 __all__ = ["collect_sequences", "format_table", "object_table", "video_page"]
 
@@ -78,25 +78,22 @@ def format_table(results: dict[str, Any]) -> str:
         >>> seq = {"objects": {"1": {"J": score, "F": score}}}
         >>> total = summarize_objects([{"J": score, "F": score}])
         >>> print(format_table({"scores": total, "copy_first_mask": total, "sequences": {"a": seq}}))
-        sequence             objects      J      F    J&F
-        a                          1   50.0   50.0   50.0
-        all                        1   50.0   50.0   50.0
-        copying the first mask     1   50.0   50.0   50.0
+        sequence                  objects     J     F    J&F
+        a                               1  50.0  50.0   50.0
+        all                             1  50.0  50.0   50.0
+        copying the first mask          1  50.0  50.0   50.0
         J recall 100.0  J decay 0.0  F recall 100.0  F decay 0.0
     """
-    rows = _means(results)
-    width = max(20, *(len(row[0]) for row in rows))
-    lines = [f"{'sequence':<{width}}{'objects':>6}{'J':>7}{'F':>7}{'J&F':>7}"]
-    for name, number, *values in rows:
-        lines.append(f"{name:<{width}}{number:>6}" + "".join(f"{100 * v:>7.1f}" for v in values))
-    lines.append(
-        "  ".join(
-            f"{metric} {statistic.lower()} {100 * results['scores'][f'{metric}-{statistic}']:.1f}"
-            for metric in ("J", "F")
-            for statistic in ("Recall", "Decay")
-        )
+    rows = [
+        [name, number, *(f"{100 * value:.1f}" for value in values)]
+        for name, number, *values in _means(results)
+    ]
+    rest = "  ".join(
+        f"{metric} {statistic.lower()} {100 * results['scores'][f'{metric}-{statistic}']:.1f}"
+        for metric in ("J", "F")
+        for statistic in ("Recall", "Decay")
     )
-    return "\n".join(lines)
+    return f"{Table(['sequence', 'objects', 'J', 'F', 'J&F'], rows).text()}\n{rest}"
 
 
 def video_page(
@@ -129,17 +126,17 @@ def video_page(
             ("copying the first mask", results["copy_first_mask"]),
         )
     ]
-    for method, name in of_architecture(PAPER_VIDEO, architecture):
-        both, region, contour = PAPER_VIDEO[method, name]
+    for row in paper_rows(architecture):
+        if row.video is None:
+            continue
+        both, region, contour = row.video
         known = {
             "J&F-Mean": f"{both:.1f}",
             "J-Mean": f"{region:.1f}",
             "F-Mean": f"{contour:.1f}",
         }
-        rows.append(
-            [f"{method} {name}, paper (ImageNet)", *(known.get(column) for column in columns)]
-        )
-    page.raw(table(["(%)", *columns], rows))
+        rows.append([row.label(), *(known.get(column) for column in columns)])
+    page.table(Table(["(%)", *columns], rows))
     page.text(
         "The paper's rows are its own numbers (Table 7, ImageNet-1k, DAVIS-2017 val), not measured here; "
         "they compare only on that data. "
@@ -152,14 +149,14 @@ def video_page(
         [name, number, *(f"{100 * v:.1f}" for v in values)]
         for name, number, *values in _means(results)
     ]
-    page.raw(table(["sequence", "objects", "J (%)", "F (%)", "J&F (%)"], cells))
+    page.table(Table(["sequence", "objects", "J (%)", "F (%)", "J&F (%)"], cells))
     shown = {name: path for name, path in sheets.items() if path.is_file()}
     if shown:
         page.section("Pictures")
     for name, path in shown.items():
         page.text(name)
         with Image.open(path) as image:
-            page.raw(embedded(image, f"{name}: annotations above, predictions below"))
+            page.picture(image, f"{name}: annotations above, predictions below")
     record = {key: results[key] for key in ("checkpoint", "settings", "versions")}
     record["seconds_per_frame"] = speed
     page.details("Checkpoint, settings and versions", json.dumps(record, indent=2, default=str))

@@ -12,7 +12,7 @@ from dinovmf_plugin.evaluation.logistic.datasets import (
     caltech101_train_rows,
     load_transfer_dataset,
 )
-from dinovmf_plugin.evaluation.protocols import transfer_averages
+from dinovmf_plugin.evaluation.logistic.task import transfer_averages
 from dinovmf_plugin.evaluation.runner import evaluate_one
 from dinovmf_plugin.report.paper import TABLE_5
 

@@ -156,7 +156,7 @@ def test_evaluate__equals_timm_on_the_same_files(tmp_path, data, checkpoint):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Retrieval on roxford5k: checkpoint" in page
     assert f"<td>{100 * results['scores']['hard']['mAP']:.1f}</td>" in page
-    assert "DINO-vMF vit_base/16, paper" in page
+    assert "DINO-vMF ViT-Base/16, paper" in page
     assert "data:image/jpeg;base64," in page
     assert "http" not in page  # self-contained
     assert format_scores(results).splitlines()[0].split() == [
