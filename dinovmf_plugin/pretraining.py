@@ -22,6 +22,7 @@ from dinovmf_plugin.training.checkpointer import (
     Checkpointer,
     choose_folder,
     find_checkpoint,
+    lock_run,
     make_folder,
 )
 from dinovmf_plugin.training.config import parse_cfg
@@ -121,18 +122,24 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
         raise ValueError(f"Lightning's Trainer refuses one of {given}: {error}") from error
 
 
-def _resume_path(cfg: DictConfig) -> str | None:
-    if cfg.resume_from_checkpoint is not None:
-        path = Path(cfg.resume_from_checkpoint)
-        if not path.is_file():
-            raise FileNotFoundError(f"resume_from_checkpoint={path} is not a file")
-        return str(path)
-    if cfg.auto_resume.enabled:
-        path_found = find_checkpoint(cfg)
-        if path_found is not None:
-            print(f"resuming from {path_found}")
-            return str(path_found)
-    return None
+def _resume_path(cfg: DictConfig) -> tuple[str | None, Path]:
+    """The checkpoint to go on from, and the folder to write to.
+
+    A named checkpoint is read and nothing else: the run has a folder of its own, and its own checkpoints come
+    first when ``auto_resume`` looks for them.
+    """
+    found = find_checkpoint(cfg) if cfg.auto_resume.enabled else None
+    folder = choose_folder(cfg, found)
+    if found is not None:
+        print(f"resuming from {found}")
+        return str(found), folder
+    if cfg.resume_from_checkpoint is None:
+        return None, folder
+    path = Path(cfg.resume_from_checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(f"resume_from_checkpoint={path} is not a file")
+    print(f"resuming from {path}; this run's own files go to {folder}")
+    return str(path), folder
 
 
 def pretrain(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Path | None:
@@ -151,9 +158,18 @@ def pretrain(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Path | None
         LoaderWorkerError: if a process that reads images dies.
     """
     cfg = parse_cfg(cfg)
-    resume = _resume_path(cfg)
-    cfg.checkpoint.folder = str(choose_folder(cfg, resume))
-    make_folder(Path(cfg.checkpoint.folder), cfg)
+    lock = lock_run(cfg)
+    try:
+        return _pretrain(cfg, callbacks)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _pretrain(cfg: DictConfig, callbacks: Sequence[Callback]) -> Path | None:
+    resume, folder = _resume_path(cfg)
+    cfg.checkpoint.folder = str(folder)
+    make_folder(folder, cfg)
     seed_everything(cfg.seed, verbose=False)
     model = build_method(cfg)
     if not cfg.performance.disable_channel_last and not cfg.backbone.name.startswith("vit_"):

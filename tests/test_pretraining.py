@@ -118,6 +118,30 @@ def test_auto_resume__other_cell__starts_afresh(pictures, tmp_path, capsys):
     assert "resuming" not in capsys.readouterr().out
 
 
+def test_resume_from_checkpoint__only_read_and_its_own_run_comes_first_later(
+    pictures, tmp_path, capsys
+):
+    """The named one's folder stays; ``auto_resume`` then goes on with what the new run has written."""
+    first = pretrain(_recipe(pictures, tmp_path / "out"))
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("my-best.ckpt", "colleague.ckpt"):
+        (models / name).write_bytes(first.read_bytes())
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in models.rglob("*")}
+    given = (f"resume_from_checkpoint={models / 'my-best.ckpt'}", "auto_resume.enabled=True")
+    given = (*given, "max_epochs=4")
+    with pytest.raises(PowerLoss):
+        pretrain(_recipe(pictures, tmp_path / "new", *given), callbacks=[DieAt(10)])
+    assert "resuming from" in (said := capsys.readouterr().out)
+    assert str(models / "my-best.ckpt") in said
+    last = pretrain(_recipe(pictures, tmp_path / "new", *given))
+    assert f"resuming from {last.parent / 'demo-ep2.ckpt'}\n" in capsys.readouterr().out
+    assert last.name == "demo-ep3.ckpt"
+    assert last.parent.parent == tmp_path / "new" / "dino_vmf"
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in models.rglob("*")} == before
+    assert torch.load(last, weights_only=True)["global_step"] == 12
+
+
 def test_resume_from_checkpoint__missing_file__named(pictures, tmp_path):
     cfg = _recipe(pictures, tmp_path, f"resume_from_checkpoint={tmp_path / 'no.ckpt'}")
     with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint=.*no\.ckpt is not a file"):

@@ -3,12 +3,12 @@
 Differs from upstream (solo-learn's Checkpointer): the final epoch is always saved, and the step at which a
 run is stopped by a signal; a new file never replaces the old one before it is whole; the folder is named
 after the configuration (two cells of an ablation cannot resume from each other), and of two runs of one
-configuration the second does not write into the first's folder.
+configuration the second does not write into the first's folder, nor starts while the first is running. Only
+files that the run wrote itself (``runs.written``) are moved or deleted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import json
@@ -18,7 +18,7 @@ import signal
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -27,6 +27,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.host import HostCheckpointer
+from dinovmf_plugin.runs.lock import RunLock, is_first_process, release_locks
+from dinovmf_plugin.runs.written import WrittenFiles
 from dinovmf_plugin.training.interruption import StopRequest
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "choose_folder",
     "find_checkpoint",
     "is_whole",
+    "lock_run",
     "make_folder",
     "run_identity",
 ]
@@ -42,7 +45,6 @@ __all__ = [
 _VOLATILE = (
     "checkpoint",
     "auto_resume",
-    "resume_from_checkpoint",
     "wandb",
     "debug_augmentations",
     "optimizer.base_lr",  # the scaled rates count
@@ -55,7 +57,8 @@ _VOLATILE = (
 def run_identity(cfg: DictConfig) -> str:
     """Eight hex digits that are the same for, and only for, the same run (resolved config).
 
-    A folder of images is the same by whatever name: relative, absolute, or through a link.
+    A folder of images is the same by whatever name: relative, absolute, or through a link. A run that starts
+    from a named checkpoint is another run than one that starts afresh.
 
     Example:
         >>> cfg = OmegaConf.create({"seed": 0, "method_kwargs": {"normalization": "l2"}})
@@ -74,6 +77,9 @@ def run_identity(cfg: DictConfig) -> str:
     for key in ("train_path", "val_path"):
         if data.get(key):
             data[key] = os.path.realpath(data[key])
+    named = plain.pop("resume_from_checkpoint", None)
+    if named is not None:
+        plain["resume_from_checkpoint"] = os.path.realpath(named)
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -106,19 +112,40 @@ def _folder(cfg: DictConfig) -> Path:
 
 
 def choose_folder(cfg: DictConfig, resume_from: str | Path | None) -> Path:
-    """The run's folder: the resumed run's own, or one that holds no checkpoint yet.
+    """The run's folder: that of its own checkpoint ``resume_from``, or one that holds no checkpoint yet.
 
-    ``<dir>/<method>/<name>-<identity>``, with ``-2``, ``-3`` ... appended for a repeated fresh start.
+    ``<dir>/<method>/<name>-<identity>``, with ``-2``, ``-3`` ... appended for a repeated fresh start. A
+    checkpoint of another run is only read: its folder is never chosen.
     """
-    if resume_from is not None:
-        folder = Path(resume_from).parent
-        return folder.parent if folder.name == "previous" else folder
     base = folder = _folder(cfg)
+    if resume_from is not None:
+        own = Path(resume_from).parent
+        own = own.parent if own.name == "previous" else own
+        if own.parent.resolve() == base.parent.resolve() and re.fullmatch(
+            rf"{re.escape(base.name)}(-\d+)?", own.name
+        ):
+            return own
     number = 2
     while any(folder.glob("**/*.ckpt")):
         folder = base.with_name(f"{base.name}-{number}")
         number += 1
     return folder
+
+
+def lock_run(cfg: DictConfig) -> RunLock | None:
+    """Take the lock of this run, whichever of its folders is used; None on all but the first process.
+
+    Raises:
+        RunInUseError: if another process trains the run.
+        OSError: if ``checkpoint.dir`` cannot be written.
+    """
+    if not is_first_process():
+        return None
+    folder = _folder(cfg)
+    make_folder(folder, cfg)
+    lock = RunLock(folder)
+    lock.acquire()
+    return lock
 
 
 def make_folder(folder: Path, cfg: DictConfig) -> None:
@@ -155,8 +182,11 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
     file (power loss, full disk) is passed over in favour of the one before it.
     """
     folder = _last_start(_folder(cfg))
-    candidates = [*folder.glob("*.ckpt"), *folder.glob("previous/*.ckpt")]
-    for path in sorted(candidates, key=_progress_of, reverse=True):
+    recorded = [folder / name for name in WrittenFiles(folder).names() if name.endswith(".ckpt")]
+    if not recorded:  # a folder of an older version
+        by_name = [*folder.glob("*.ckpt"), *folder.glob("previous/*.ckpt")]
+        recorded = sorted(by_name, key=_progress_of)
+    for path in reversed(recorded):
         if is_whole(path):
             return path
         print(f"checkpoint {path} is truncated or damaged: using the one before it")
@@ -177,19 +207,19 @@ class _WholeFile(TorchCheckpointIO):
     may be another and smaller disk.
     """
 
-    error: str | None = None
+    def __init__(self, record: WrittenFiles, order: tuple[int, int]) -> None:
+        super().__init__()
+        self.record, self.order = record, order
+        self.path: Path | None = None
+        self.error: str | None = None
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        temporary = Path(f"{path}.tmp")
+        def write(file: IO[bytes]) -> None:
+            torch.save(checkpoint, file)
+
         try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            self.path = self.record.write(Path(path).name, write, self.order)
         except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             reason = _os_error(error)
             if reason is None:
                 raise
@@ -200,8 +230,9 @@ class Checkpointer(HostCheckpointer):
     """Saves ``<dir>/<method>/<name>-<identity>/<name>-ep<epoch>.ckpt`` and ``args.json`` beside it.
 
     The folder holds exactly one ``.ckpt``; the one before it waits in ``previous/`` (all of them with
-    ``checkpoint.keep_prev``). A run that a signal stops (Ctrl-C, SIGTERM) is saved after the current
-    optimiser step as ``<name>-ep<epoch>-step<step>.ckpt`` and ends with status 128 + signal.
+    ``checkpoint.keep_prev``); files that the run did not write stay as they are. A run that a signal stops
+    (Ctrl-C, SIGTERM) is saved after the current optimiser step as ``<name>-ep<epoch>-step<step>.ckpt`` and
+    ends with status 128 + signal.
 
     Args:
         cfg: the resolved config, with the ``checkpoint`` node of the host.
@@ -216,19 +247,39 @@ class Checkpointer(HostCheckpointer):
         self.last_ckpt: Path | None = None
         self.stop = StopRequest()
         self._saved_step = self._step_before = -1
+        self._record = WrittenFiles(self.path)
+        self._lock: RunLock | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Choose the folder; ``pl_module.run_folder`` tells it to the other callbacks.
 
         Not in ``setup``, where Lightning does not know yet that it is going to resume.
         """
-        given = self.cfg.checkpoint.get("folder")
-        path = given or choose_folder(self.cfg, trainer.ckpt_path)
-        self.path = Path(trainer.strategy.broadcast(str(path)))
+        chosen: tuple[str, OSError | None] = ("", None)
+        if trainer.is_global_zero:
+            try:
+                chosen = (str(self._choose(trainer.ckpt_path)), None)
+            except OSError as error:
+                chosen = ("", error)
+        path, refused = trainer.strategy.broadcast(chosen)
+        if refused is not None:
+            raise refused
+        self.path = Path(path)
+        self._record = WrittenFiles(self.path)
         pl_module.run_folder = self.path
         if trainer.ckpt_path is not None:  # also if there is nothing left to train
-            whole = [p for p in self.path.glob("*.ckpt") if is_whole(p)]
-            self.last_ckpt = max(whole, key=_progress_of, default=Path(trainer.ckpt_path))
+            top = [self.path / name for name in self._record.names() if "/" not in name]
+            whole = [path for path in reversed(top) if is_whole(path)]
+            self.last_ckpt = whole[0] if whole else Path(trainer.ckpt_path)
+
+    def _choose(self, resumed: str | Path | None) -> Path:
+        given = self.cfg.checkpoint.get("folder")
+        if given:  # by ``pretrain``, which has locked the run
+            return Path(given)
+        self._lock = lock_run(self.cfg)
+        # the host's main_pretrain.py gives either what its auto_resume found or a named checkpoint
+        found = OmegaConf.select(self.cfg, "auto_resume.enabled", default=False)
+        return choose_folder(self.cfg, resumed if found else None)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Write ``args.json``, put aside what an interrupted write left, and take over signals."""
@@ -238,11 +289,10 @@ class Checkpointer(HostCheckpointer):
             temporary = self.path / "args.json.tmp"
             temporary.write_text(json.dumps(args, indent=2, default=str))
             temporary.replace(self.path / "args.json")
-            for left_over in self.path.glob("*.ckpt.tmp"):
-                left_over.unlink()
-            for path in self.path.glob("*.ckpt"):
-                if not is_whole(path):  # it must not push the one before it out of previous/
-                    path.replace(path.with_name(path.name + ".damaged"))
+            self._record.clear_unfinished()
+            for name in self._record.names():
+                if not is_whole(self.path / name):  # it must not push the one before it out
+                    self._record.set_aside(self.path / name)
         self.stop.install()
 
     def on_train_batch_start(
@@ -268,8 +318,14 @@ class Checkpointer(HostCheckpointer):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Save the step at which a signal ended training, and say how to go on."""
-        if not isinstance(exception, SIGTERMException) or self.stop.agreed is None:
-            return
+        try:
+            if isinstance(exception, SIGTERMException) and self.stop.agreed is not None:
+                self._stop_on_signal(trainer, exception)
+        finally:
+            self._release()
+
+    def _stop_on_signal(self, trainer: Trainer, exception: SIGTERMException) -> None:
+        assert self.stop.agreed is not None
         if trainer.global_step != self._saved_step:
             self.save(trainer, f"-step{trainer.global_step}")
         name = signal.Signals(self.stop.agreed).name
@@ -279,6 +335,7 @@ class Checkpointer(HostCheckpointer):
                 "same command with auto_resume.enabled=True goes on from there",
                 flush=True,
             )
+        release_locks()  # the requeued job may start before this process has ended
         self.stop.pass_on()
         if trainer.local_rank == 0:  # Lightning kills a parent whose child's status is not 0
             exception.code = 128 + self.stop.agreed
@@ -290,26 +347,37 @@ class Checkpointer(HostCheckpointer):
             OSError: on every rank, if it cannot be written; the one before it stays.
         """
         target = self.path / f"{self.cfg.name}-ep{trainer.current_epoch}{suffix}.ckpt"
-        file, usual = _WholeFile(), trainer.strategy.checkpoint_io
+        order = (trainer.current_epoch, trainer.global_step)
+        file, usual = _WholeFile(self._record, order), trainer.strategy.checkpoint_io
         trainer.strategy.checkpoint_io = file
         try:
             trainer.save_checkpoint(target)
         finally:
             trainer.strategy.checkpoint_io = usual
-        error = trainer.strategy.broadcast(file.error)
-        if error is not None:
+        written, error = trainer.strategy.broadcast((file.path, file.error))
+        if written is None:
             kept = f"{self.last_ckpt} is untouched" if self.last_ckpt else "there is none before it"
             raise OSError(f"checkpoint {target} could not be written: {error}; {kept}")
         if trainer.is_global_zero:
-            self._tidy(target)
-        self.last_ckpt, self._saved_step = target, trainer.global_step
+            self._tidy(written)
+        self.last_ckpt, self._saved_step = written, trainer.global_step
 
     def _tidy(self, newest: Path) -> None:
         previous = self.path / "previous"
         previous.mkdir(exist_ok=True)
-        for path in self.path.glob("*.ckpt"):
-            if path != newest:
-                path.replace(previous / path.name)
+        for name in self._record.names():
+            if "/" not in name and self.path / name != newest:
+                self._record.move(self.path / name, previous / name)
         if not self.keep_prev:
-            for path in sorted(previous.glob("*.ckpt"), key=_progress_of)[:-1]:
-                path.unlink()
+            kept = [name for name in self._record.names() if name.startswith("previous/")]
+            for name in kept[:-1]:
+                self._record.delete(self.path / name)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Give the run's lock back."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None

@@ -44,6 +44,7 @@ def _cfg(tiny_cfg: Any, folder: Path, method: str = "dino_vmf", **more: Any) -> 
             "max_epochs": 4,
             "checkpoint.enabled": True,
             "checkpoint.dir": str(folder),
+            "auto_resume.enabled": True,
             "scheduler.warmup_epochs": 1,
             "backbone.kwargs.drop_path_rate": 0.3,
             "method_kwargs.final_weight_decay": 0.4,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ def test_run_identity__same_run__same_digits(tmp_path):
         ("checkpoint.dir", "elsewhere"),
         ("checkpoint.frequency", 7),
         ("auto_resume.enabled", True),
-        ("resume_from_checkpoint", "file.ckpt"),
+        ("resume_from_checkpoint", None),
         ("wandb.enabled", True),
         ("debug_augmentations", True),
         ("data.num_workers", 16),
@@ -114,6 +116,7 @@ def test_run_identity__anything_else__other_digits(tmp_path):
         ("method_kwargs.normalization", "l2"),
         ("data.train_path", "y"),
         ("max_epochs", 3),
+        ("resume_from_checkpoint", "file.ckpt"),
         ("anything.new", 1),
     ):
         assert run_identity(_cfg(tmp_path, **{key: value})) != identity, key
@@ -145,7 +148,13 @@ def test_folder__one_checkpoint_the_one_before_and_the_config(tmp_path):
     cfg = _cfg(tmp_path)
     last = _checkpointer(_train(cfg)).last_ckpt
     folder = tmp_path / "dino_vmf" / f"run-{run_identity(cfg)}"
-    assert _files(folder) == ["args.json", "previous/run-ep1.ckpt", "run-ep2.ckpt"]
+    assert _files(folder) == [
+        "args.json",
+        "checkpoints.json",
+        "previous/run-ep1.ckpt",
+        "run-ep2.ckpt",
+        "run.lock",
+    ]
     assert last == folder / "run-ep2.ckpt"
     assert json.loads((folder / "args.json").read_text()) == OmegaConf.to_container(cfg)
     weights = torch.load(last, weights_only=True)["state_dict"]["weight"]
@@ -188,7 +197,7 @@ def test_second_start_of_the_same_run__leaves_the_first_alone(tmp_path):
 
 
 def test_resumed_run__stays_in_its_folder(tmp_path):
-    cfg = _cfg(tmp_path)
+    cfg = _cfg(tmp_path, **{"auto_resume.enabled": True})
     first = _checkpointer(_train(cfg, epochs=2)).last_ckpt
     for path in (first, first.parent / "previous" / "run-ep0.ckpt"):
         again = _checkpointer(_train(cfg, epochs=4, ckpt_path=path))
@@ -200,6 +209,7 @@ def test_resumed_run__stays_in_its_folder(tmp_path):
             first.parent.joinpath("previous", "run-ep0.ckpt").write_bytes(
                 _first_epoch(tmp_path / "other")
             )
+    assert first.parent.joinpath("previous", "run-ep0.ckpt").exists()  # not this run's: put there
     assert len(list((tmp_path / "dino_vmf").iterdir())) == 1
 
 
@@ -214,9 +224,20 @@ def test_given_folder__is_used(tmp_path):
 
 
 def test_choose_folder__of_a_resumed_file(tmp_path):
+    """Its own, but never that of another run."""
     cfg = _cfg(tmp_path)
-    assert choose_folder(cfg, tmp_path / "a" / "x.ckpt") == tmp_path / "a"
-    assert choose_folder(cfg, tmp_path / "a" / "previous" / "x.ckpt") == tmp_path / "a"
+    own = tmp_path / "dino_vmf" / f"run-{run_identity(cfg)}"
+    for folder in (own, own.with_name(f"{own.name}-2"), own.with_name(f"{own.name}-12")):
+        assert choose_folder(cfg, folder / "x.ckpt") == folder
+        assert choose_folder(cfg, folder / "previous" / "x.ckpt") == folder
+    for folder in (
+        tmp_path / "a",
+        own.with_name(f"{own.name}-b"),
+        own.with_name("run-2"),
+        own / "a",
+    ):
+        assert choose_folder(cfg, folder / "x.ckpt") == own
+        assert choose_folder(cfg, folder / "previous" / "x.ckpt") == own
 
 
 def test_run_folder__is_told_to_other_callbacks(tmp_path):
@@ -265,22 +286,23 @@ def test_find_checkpoint__newest_whole_one_of_this_run(tmp_path, capsys):
 
 def test_failed_write__old_file_kept_and_named(tmp_path, monkeypatch):
     """A disk that is full when the second checkpoint is written; the real thing is in tests/robustness."""
-    sync, calls = os.fsync, []
+    save, calls = torch.save, []
 
-    def full_disk(descriptor: int) -> None:
-        calls.append(descriptor)
+    def full_disk(content: Any, file: Any) -> None:
+        calls.append(file)
+        save(content, file)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        sync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(torch, "save", full_disk)
     cfg = _cfg(tmp_path)
     with pytest.raises(OSError) as caught:
         _train(cfg)
     message = str(caught.value)
     assert "run-ep1.ckpt could not be written: No space left on device" in message
     assert "run-ep0.ckpt is untouched" in message
-    assert [Path(n).name for n in _files(tmp_path)] == ["args.json", "run-ep0.ckpt"]
+    names = ["args.json", "checkpoints.json", "run-ep0.ckpt", "run.lock"]
+    assert [Path(n).name for n in _files(tmp_path)] == names
     assert is_whole(find_checkpoint(cfg))
 
 
@@ -305,25 +327,121 @@ def test_find_checkpoint__steps_between_epochs(tmp_path):
 
 
 def test_damaged_newest__put_aside_so_that_it_does_not_displace_the_one_before(tmp_path):
-    cfg = _cfg(tmp_path)
-    first = _checkpointer(_train(cfg, epochs=1)).last_ckpt
-    first.with_name("run-ep1-step3.ckpt").write_bytes(b"PK half")
-    _train(cfg, epochs=2, ckpt_path=first)
-    assert [Path(n).name for n in _files(first.parent)] == [
-        "args.json",
-        "run-ep0.ckpt",
-        "run-ep1-step3.ckpt.damaged",
-        "run-ep1.ckpt",
+    cfg = _cfg(tmp_path, **{"auto_resume.enabled": True})
+    newest = _checkpointer(_train(cfg, epochs=2)).last_ckpt
+    newest.write_bytes(newest.read_bytes()[:1000])
+    newest.with_name("run-ep1-step3.ckpt").write_bytes(b"PK half: somebody else's")
+    before = find_checkpoint(cfg)
+    assert before.name == "run-ep0.ckpt"
+    _train(cfg, epochs=3, ckpt_path=before)
+    assert [n for n in _files(newest.parent) if "ckpt" in n] == [
+        "previous/run-ep1.ckpt",
+        "run-ep1-step3.ckpt",
+        "run-ep1.ckpt.damaged",
+        "run-ep2.ckpt",
     ]
+    assert is_whole(newest.with_name("previous") / "run-ep1.ckpt")
 
 
-def test_interrupted_write__leftover_is_cleared_away(tmp_path):
+# ---- other people's files ------------------------------------------------------------------------
+
+
+def _snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {n: ((folder / n).read_bytes(), (folder / n).stat().st_mtime_ns) for n in _files(folder)}
+
+
+@pytest.mark.parametrize("own_name", [False, True])
+@pytest.mark.parametrize("keep_prev", [False, True])
+def test_named_checkpoint__read_and_never_written(tmp_path, own_name, keep_prev):
+    """Neither the file, nor anything beside it: also names that the run itself would use."""
+    content = _first_epoch(tmp_path / "first")
+    models = tmp_path / "models"
+    (models / "previous").mkdir(parents=True)
+    named = models / ("run-ep0.ckpt" if own_name else "best.ckpt")
+    for path in (named, models / "run-ep1.ckpt", models / "colleague.ckpt"):
+        path.write_bytes(content)
+    for name in ("previous/run-ep0.ckpt", "old-format.ckpt", "run-ep2.ckpt.tmp", "args.json"):
+        (models / name).write_bytes(b"no archive")
+    before = _snapshot(models)
+    cfg = _cfg(tmp_path / "new", **{"checkpoint.keep_prev": keep_prev})
+    last = _checkpointer(_train(cfg, epochs=4, ckpt_path=named)).last_ckpt
+    assert _snapshot(models) == before
+    assert last.is_relative_to(tmp_path / "new" / "dino_vmf")
+    names = [Path(n).name for n in _files(tmp_path / "new") if n.endswith(".ckpt")]
+    assert sorted(names) == [f"run-ep{i}.ckpt" for i in ((1, 2, 3) if keep_prev else (2, 3))]
+
+
+def test_named_checkpoint_of_the_run_itself__a_folder_of_its_own_too(tmp_path):
     cfg = _cfg(tmp_path)
-    last = _checkpointer(_train(cfg, epochs=1)).last_ckpt
-    leftover = last.with_name("run-ep1.ckpt.tmp")
-    leftover.write_bytes(b"half")
-    _train(cfg, epochs=2, ckpt_path=last)
-    assert not leftover.exists()
+    first = _checkpointer(_train(cfg, epochs=3)).last_ckpt
+    before = _snapshot(first.parent)
+    for path in (first, first.parent / "previous" / "run-ep1.ckpt"):
+        last = _checkpointer(_train(cfg, epochs=5, ckpt_path=path)).last_ckpt
+        assert last.parent.parent == first.parent.parent
+        assert last.parent != first.parent
+        assert _snapshot(first.parent) == before
+
+
+@pytest.mark.parametrize("keep_prev", [False, True])
+def test_foreign_files_in_the_runs_own_folder__stay(tmp_path, keep_prev):
+    cfg = _cfg(tmp_path, **{"auto_resume.enabled": True, "checkpoint.keep_prev": keep_prev})
+    first = _checkpointer(_train(cfg, epochs=1)).last_ckpt
+    folder, content = first.parent, first.read_bytes()
+    theirs = ["best.ckpt", "run-ep2.ckpt", "run-ep9.ckpt", "previous/run-ep0.ckpt", "old.ckpt"]
+    for name in theirs:
+        (folder / name).write_bytes(b"no archive" if name == "old.ckpt" else content)
+    (folder / "run-ep1.ckpt.tmp").write_bytes(b"half")
+    theirs.append("run-ep1.ckpt.tmp")
+    before = {name: value for name, value in _snapshot(folder).items() if name in theirs}
+    assert find_checkpoint(cfg) == first  # run-ep9 was not written by this run
+    last = _checkpointer(_train(cfg, epochs=5, ckpt_path=first)).last_ckpt
+    after = _snapshot(folder)
+    assert {name: after[name] for name in theirs} == before
+    assert last == folder / "run-ep4.ckpt"
+    ours = sorted(n for n in after if n.endswith(".ckpt") and n not in theirs)
+    kept = ["previous/run-ep0-2.ckpt", "previous/run-ep1.ckpt", "previous/run-ep2-2.ckpt"]
+    assert ours == [*(kept if keep_prev else []), "previous/run-ep3.ckpt", "run-ep4.ckpt"]
+
+
+def test_folder_of_an_older_version__continued_and_nothing_of_it_deleted(tmp_path):
+    cfg = _cfg(tmp_path, **{"auto_resume.enabled": True})
+    first = _checkpointer(_train(cfg, epochs=2)).last_ckpt
+    (first.parent / "checkpoints.json").unlink()  # older versions had no record
+    assert find_checkpoint(cfg) == first
+    last = _checkpointer(_train(cfg, epochs=5, ckpt_path=first)).last_ckpt
+    names = [n for n in _files(first.parent) if n.endswith(".ckpt")]
+    new = ["previous/run-ep3.ckpt", "run-ep4.ckpt"]
+    assert names == sorted(["previous/run-ep0.ckpt", "run-ep1.ckpt", *new])
+    assert find_checkpoint(cfg) == last
+
+
+def test_same_run_started_twice_at_once__second_is_told(tmp_path):
+    cfg = _cfg(tmp_path)
+    told = []
+
+    class StartAgain(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            command = [sys.executable, "-c", _START_AGAIN, str(tmp_path), __file__]
+            told.append(subprocess.run(command, capture_output=True, text=True))
+
+    folder = _checkpointer(_train(cfg, epochs=1, callbacks=[StartAgain()])).path
+    (second,) = told
+    assert (
+        f"RunInUseError: this run is already being trained in {folder} by process {os.getpid()} on"
+        in (second.stderr)
+    )
+    assert len(list((tmp_path / "dino_vmf").iterdir())) == 1
+    command = [sys.executable, "-c", _START_AGAIN, str(tmp_path), __file__]
+    assert subprocess.run(command, capture_output=True).returncode == 0  # now it may
+
+
+_START_AGAIN = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("again", sys.argv[2])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module._train(module._cfg(pathlib.Path(sys.argv[1])), epochs=1)
+"""
 
 
 def test_unwritable_folder__named_before_training(tmp_path):
