@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -26,6 +25,7 @@ from dinovmf_plugin.training.checkpointer import (
     make_folder,
 )
 from dinovmf_plugin.training.config import parse_cfg
+from dinovmf_plugin.training.progress import LossProgressBar
 
 __all__ = ["LoaderWorkerError", "PretrainDataModule", "build_method", "build_trainer", "pretrain"]
 
@@ -108,7 +108,7 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
     progress = cfg.get("enable_progress_bar", True)
     kwargs.update(
         logger=_logger(cfg),
-        callbacks=[*callbacks, *([TQDMProgressBar()] if progress else [])],
+        callbacks=[*callbacks, *([LossProgressBar()] if progress else [])],
         enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=cfg.checkpoint.folder,  # where Lightning looks for its own under SLURM

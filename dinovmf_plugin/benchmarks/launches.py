@@ -38,6 +38,7 @@ class Launches(TorchDispatchMode):
     """Counts operations while it is entered, backward passes included.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(3)
         >>> with Launches() as counted:
         ...     y = x.view(3, 1).add(1).sum()
@@ -68,7 +69,7 @@ class Launches(TorchDispatchMode):
 
 
 class StepLaunches(Callback):
-    """Counts the operations of one step of a Trainer, by phase.
+    """Counts the operations of one step of a Trainer, by phase, up to the next step's beginning.
 
     Args:
         step: which batch, counted from 0; the first one also makes the optimiser's state.
@@ -104,17 +105,24 @@ class StepLaunches(Callback):
         if self._counter is not None:
             self._enter("update")
 
-    def on_before_zero_grad(self, *_: Any) -> None:
-        """Lightning clears the gradients before it calls forward: nothing to count."""
-
     def on_train_batch_end(self, *_: Any) -> None:
-        """The step, and what the method does after it, is over."""
+        """The optimiser is done; what the method does after it lasts until the next batch."""
+        if self._counter is not None:
+            self._enter("after")
+
+    def on_train_end(self, *_: Any) -> None:
+        """There was no next batch."""
         self._enter(None)
 
     @property
     def total(self) -> int:
         """Operations of the whole step that launch a kernel."""
         return sum(counted.total for counted in self.phases.values())
+
+    @property
+    def waits(self) -> int:
+        """Reads of the whole step for which the processor would wait."""
+        return sum(counted.waits for counted in self.phases.values())
 
     @property
     def operations(self) -> Counter[str]:

@@ -10,7 +10,6 @@ official code does; with gradient accumulation every micro-batch updates it.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable
 from typing import ClassVar, Literal, get_args
 
@@ -58,7 +57,7 @@ def log_mean_probability(logits: Tensor | Iterable[Tensor]) -> Tensor:
         parts.append(_log_sum_probability(chunk))
         rows += len(chunk)
         del chunk  # before the next one is made
-    return distributed.logsumexp_over_ranks(torch.cat(parts)) - math.log(distributed.total(rows))
+    return distributed.logsumexp_over_ranks(torch.cat(parts)) - distributed.log_total(rows)
 
 
 def _log_sum_probability(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ __all__ = [
     "Processes",
     "is_distributed",
     "launched_processes",
+    "log_total",
     "logsumexp_over_ranks",
     "mean_over_rows",
     "total",
@@ -37,14 +39,23 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def total(count: int) -> int:
-    """Sum of a per-rank count, e.g. of rows; at least 1 so that it can divide."""
-    if is_distributed():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        counts = torch.tensor(count, dtype=torch.int64, device=device)
-        dist.all_reduce(counts)
-        count = int(counts)
-    return max(count, 1)
+def total(count: int) -> int | Tensor:
+    """Sum of a per-rank count, e.g. of rows; at least 1 so that it can divide.
+
+    With several ranks it stays on the device (int64 scalar): to read it is to wait for a GPU.
+    """
+    if not is_distributed():
+        return max(count, 1)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    counts = torch.full((), count, dtype=torch.int64, device=device)
+    dist.all_reduce(counts)
+    return counts.clamp_(min=1)
+
+
+def log_total(count: int) -> float | Tensor:
+    """Logarithm of ``total``."""
+    summed = total(count)
+    return summed.double().log() if isinstance(summed, Tensor) else math.log(summed)
 
 
 def mean_over_rows(x: Tensor, rows: int | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 - torchmetrics 0.12 and later refuse the ``compute_on_step`` argument that the host passes;
 - the host sizes its table of votes by the number of *distinct test labels*, so a class that is missing
-  from the validation subset indexes out of range.
+  from the validation subset indexes out of range;
+- images of the bank without a label (-1) have no vote: to drop them in every step waits for a GPU.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ def _compute(self: Any) -> tuple[float, float]:
         return -1.0, -1.0
     bank, queries = torch.cat(self.train_features).float(), torch.cat(self.test_features).float()
     bank_labels, labels = torch.cat(self.train_targets), torch.cat(self.test_targets)
+    known = bank_labels >= 0
+    bank, bank_labels = bank[known], bank_labels[known]
+    if not len(bank):
+        return -1.0, -1.0
     cosine = self.distance_fx == "cosine"
     if cosine:
         bank, queries = F.normalize(bank), F.normalize(queries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from dinovmf_plugin.methods.settings import (
     read_settings,
 )
 from dinovmf_plugin.training import optimization
+from dinovmf_plugin.training.late import LateNumber
 from dinovmf_plugin.training.records import REMEDY, NonFiniteLossError, StepRecord
 from dinovmf_plugin.training.seeding import SeededSteps
 from dinovmf_plugin.training.stored_config import StoredConfig
@@ -76,6 +78,8 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         self.settings: Any = read_settings(self.settings_class, self.cfg.method_kwargs)
         self.last_step: StepRecord | None = None
         self._step_of_last_update = 0
+        self._pending_loss: LateNumber | None = None
+        self.last_loss: float | None = None  # for the progress bar
         backbones.disable_drop_path(self.momentum_backbone)
         self.momentum_backbone.requires_grad_(False)
 
@@ -192,7 +196,6 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         """One step: ``batch`` is ``[indexes, [crops], targets]`` as the host's loaders give it.
 
         Raises:
-            NonFiniteLossError: if the loss is NaN or infinite.
             ValueError: if the loader gives another number of crops than the config says.
         """
         _, crops, targets = batch
@@ -203,24 +206,36 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
                 f"{self.num_crops}"
             )
         out = self.distillation_loss(crops)
-        self._check_finite(out.loss)
+        self._pending_loss = LateNumber(out.loss)
         self.log(
             "train_loss",
             out.loss.detach(),
-            prog_bar=True,
             on_step=True,
             on_epoch=True,
             sync_dist=True,
         )
-        self.log_dict(out.scalars)
+        self.log_dict({name: self.on_device(value) for name, value in out.scalars.items()})
         self.update_knn_bank(out.teacher_features, targets)
         loss = out.loss + self.prototype_spread_loss()
         return loss + self.online_classifier_loss(out.student_features, targets)
 
-    def _check_finite(self, loss: Tensor) -> None:
-        if torch.isfinite(loss.detach()):
+    def on_device(self, number: float | Tensor) -> Tensor:
+        """A number to log: made on the device, since copying one there waits for a GPU."""
+        return number if isinstance(number, Tensor) else torch.full((), number, device=self.device)
+
+    def on_after_backward(self) -> None:
+        """Refuse a loss that is not finite: before the optimiser's step, while a GPU is still busy.
+
+        Raises:
+            NonFiniteLossError: if the loss is NaN or infinite.
+        """
+        super().on_after_backward()
+        pending, self._pending_loss = self._pending_loss, None
+        if pending is None:
             return
-        raise NonFiniteLossError(f"the loss became {float(loss.detach())} {self.where()} {REMEDY}")
+        self.last_loss = pending.read()
+        if not math.isfinite(self.last_loss):
+            raise NonFiniteLossError(f"the loss became {self.last_loss} {self.where()} {REMEDY}")
 
     def where(self) -> str:
         """Step and epoch, for messages."""
@@ -249,8 +264,12 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         groups = self.parameter_groups()
         for group in groups:
             group["peak_lr"] = group.get("lr", self.lr)
-        return self._OPTIMIZERS[self.cfg.optimizer.name](
-            groups, lr=self.lr, weight_decay=self.weight_decay, **self.extra_optimizer_args
+        return optimization.make_optimizer(
+            self._OPTIMIZERS[self.cfg.optimizer.name],
+            groups,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            **self.extra_optimizer_args,
         )
 
     @property
@@ -313,7 +332,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         self._step_of_last_update = step
         momentum = self.teacher_momentum(step - 1)
         optimization.update_teacher(self.momentum_pairs, momentum)
-        self.log("tau", momentum)
+        self.log("tau", self.on_device(momentum))
 
     # ---- checkpoints ----------------------------------------------------------------------------
 

@@ -81,6 +81,11 @@ class IBOTSettings(DINOSettings):
         )
 
 
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on the device, without waiting for a GPU."""
+    return x if x.device == device else x.pin_memory().to(device, non_blocking=True)
+
+
 class IBOT(DINOMultiCrop):
     """iBOT (arXiv 2111.07832) with both switches of the vMF paper.
 
@@ -92,8 +97,8 @@ class IBOT(DINOMultiCrop):
     Adds ``mask_token`` (1, 1, D), starting at 0, to the student (decayed, as it is no 1-d tensor), and
     ``patch_centering`` to the state.
 
-    Differs from upstream: the head is always shared (the published runs' choice); masks are drawn on the
-    device, per batch, from (seed, epoch, batch, rank); only masked patches have logits. With
+    Differs from upstream: the head is always shared (the published runs' choice); masks are drawn
+    per batch, from (seed, epoch, batch, rank); only masked patches have logits. With
     ``use_bn_in_head`` (no published run) CLS tokens and patches have statistics of their own.
     """
 
@@ -138,9 +143,13 @@ class IBOT(DINOMultiCrop):
         )
 
     def draw_masks(self, images: Tensor) -> Tensor:
-        """Masks of this batch's global crops ``(N, 3, H, W)``: bool ``(N, P)``, true where masked."""
+        """Masks of this batch's global crops ``(N, 3, H, W)``: bool ``(N, P)`` on the CPU, true where masked.
+
+        How many patches are masked must be known to go on: on a GPU that would be waited for.
+        """
         grid = backbones.patch_grid(self.backbone, *images.shape[-2:])
-        return self.mask_sampler(len(images), *grid, self.step_generator(), self.current_epoch)
+        generator = self.step_generator(device=torch.device("cpu"))
+        return self.mask_sampler(len(images), *grid, generator, self.current_epoch)
 
     @torch.no_grad()
     def teacher_tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,8 +194,9 @@ class IBOT(DINOMultiCrop):
         s = self.settings
         views = self.num_large_crops
         images = torch.cat(crops[:views])
-        masks = self.draw_masks(images)
-        chosen = masks.flatten().nonzero().squeeze(1)  # once: a GPU is waited for to know how many
+        drawn = self.draw_masks(images)
+        chosen = drawn.flatten().nonzero().squeeze(1)
+        masks, chosen = (_sent(x, images.device) for x in (drawn, chosen))
 
         teacher_features, teacher_cls, teacher_patches = self.teacher_tokens(images)
         prototypes = self.momentum_head.last_layer

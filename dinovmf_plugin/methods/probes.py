@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,25 +51,29 @@ class OnlineProbes(BaseMomentumMethod):
     def online_classifier_loss(self, features: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of a linear probe on detached features; logs its accuracy.
 
-        Zero, but attached to the classifier (DDP wants every parameter used), without labels.
+        Mean over the images whose label is known (not -1). Zero, but attached to the classifier (DDP
+        wants every parameter used), where none is.
         """
         logits = self.classifier(features.detach())
-        if not bool((targets >= 0).any()):
+        if OmegaConf.select(self.cfg, "data.no_labels", default=False):
             return 0.0 * logits.sum()
-        targets = targets.repeat(len(features) // len(targets))
-        logits, targets = logits[targets >= 0], targets[targets >= 0]
-        loss = F.cross_entropy(logits.float(), targets)
-        acc1, acc5 = accuracy_at_k(logits, targets, top_k=(1, min(5, logits.shape[1])))
+        targets = targets.repeat(len(features) // len(targets)).clamp(min=-1)
+        known = (targets >= 0).sum().clamp(min=1)
+        total = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="sum")
+        loss = total / known
+        # no boolean indexing: a GPU would be waited for to know how many are left
+        best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (best == targets[:, None]).any(dim=1), best[:, 0] == targets
+        acc5, acc1 = (100 * hit.sum() / known for hit in hits)
         metrics = {"train_class_loss": loss.detach(), "train_acc1": acc1, "train_acc5": acc5}
         self.log_dict(metrics, on_epoch=True, sync_dist=True)
         return loss
 
     def update_knn_bank(self, features: Tensor, targets: Tensor) -> None:
-        """Add teacher features of the global views to the online kNN, if it is enabled."""
+        """Add teacher features of the global views to the online kNN, which leaves out unknown labels."""
         if self.knn_eval:
             targets = targets.repeat(len(features) // len(targets))
-            known = targets >= 0
-            self.knn.update(train_features=features[known], train_targets=targets[known])
+            self.knn.update(train_features=features, train_targets=targets)
 
     @torch.no_grad()
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -6,7 +6,8 @@ without gradient in the first epochs, and the teacher's EMA after the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from dinovmf_plugin.core import schedules
 __all__ = [
     "clip_per_parameter",
     "is_decayed",
+    "make_optimizer",
+    "scale_together",
     "split_weight_decay",
     "update_schedules",
     "update_teacher",
@@ -94,19 +97,80 @@ def update_schedules(
         group["weight_decay"] = decay if group["decay"] else 0.0
 
 
+def make_optimizer(
+    cls: Callable[..., torch.optim.Optimizer],
+    groups: list[dict[str, Any]],
+    *,
+    lr: float,
+    weight_decay: float,
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """The optimiser of these groups; Adam and AdamW update all parameters in a few kernels.
+
+    Args:
+        cls: optimiser class.
+        groups: parameter groups.
+        lr: learning rate of groups that have none.
+        weight_decay: of groups that have none.
+        options: further arguments; ``fused`` or ``foreach`` among them replace the choice made here.
+
+    Differs from upstream: a fused optimiser would unscale gradients inside its step, after they have
+    been clipped: here the scaler of 16-mixed unscales them before, as for any other optimiser.
+    """
+    parameters = [p for group in groups for p in group["params"]]
+    if (
+        cls in (torch.optim.Adam, torch.optim.AdamW)
+        and not {"fused", "foreach", "capturable", "differentiable"} & options.keys()
+        and all(p.device.type in ("cpu", "cuda") for p in parameters)
+    ):
+        options["fused"] = True
+    optimizer = cls(groups, lr=lr, weight_decay=weight_decay, **options)
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
 def clip_per_parameter(parameters: Iterable[nn.Parameter], clip: float) -> None:
     """Scale each gradient by ``clip / (norm + 1e-6)`` where that is below 1: per tensor, not globally.
 
-    To be called on unscaled gradients. ``clip=0`` does nothing.
+    To be called on unscaled gradients. ``clip=0`` does nothing. A handful of kernels for all tensors.
     """
     if not clip:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return
-    norms = torch._foreach_norm(gradients)
-    factors = [(clip / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-    torch._foreach_mul_(gradients, factors)
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            by_kind.setdefault((p.grad.dtype, p.grad.device), []).append(p.grad)
+    for (_, device), gradients in by_kind.items():
+        norms = torch.stack(torch._foreach_norm(gradients))
+        factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+        if device.type == "cpu":
+            torch._foreach_mul_(gradients, factors.unbind())
+        else:
+            scale_together(gradients, factors)
+
+
+def scale_together(tensors: list[Tensor], factors: Tensor) -> None:
+    """Multiply each tensor by its own factor, in place, in a few kernels however many they are.
+
+    On a GPU ``torch._foreach_mul_`` with one number per tensor is one kernel per tensor. Here they are
+    copied into one row and back, which costs memory for two copies while no activations are alive.
+
+    Args:
+        tensors: of one dtype and device.
+        factors: ``(len(tensors),)``.
+    """
+    sizes = tuple(t.numel() for t in tensors)
+    row = torch.cat([t.reshape(-1) for t in tensors])
+    repeats = _on_device(sizes, factors.device)
+    row.mul_(factors.repeat_interleave(repeats, output_size=sum(sizes)))
+    parts = [part.view_as(t) for part, t in zip(row.split(sizes), tensors, strict=True)]
+    torch._foreach_copy_(tensors, parts)
+
+
+@functools.lru_cache(maxsize=8)
+def _on_device(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 tensor of sizes that are the same in every step."""
+    return torch.tensor(sizes, device=device)
 
 
 @torch.no_grad()

@@ -30,16 +30,19 @@ class SeededSteps:
         values = [int(self.cfg.get("seed", 0) or 0), *entropy]
         return int(np.random.SeedSequence(values).generate_state(1)[0])
 
-    def step_generator(self, *, per_rank: bool = True) -> torch.Generator:
-        """A generator on the device for this batch, seeded by (seed, epoch, batch, rank).
+    def step_generator(
+        self, *, per_rank: bool = True, device: torch.device | None = None
+    ) -> torch.Generator:
+        """A generator for this batch, seeded by (seed, epoch, batch, rank).
 
         Args:
             per_rank: False if every rank is to draw the same.
+            device: default the module's.
         """
         rank = self.global_rank if per_rank else 0
         # the last number keeps this stream apart from those of the epoch and of drop path
         seed = self.derived_seed(self.current_epoch, self._batch_index, rank, 1)
-        return torch.Generator(self.device).manual_seed(seed)
+        return torch.Generator(device or self.device).manual_seed(seed)
 
     def seed_batch(self, batch_idx: int) -> None:
         """Begin batch ``batch_idx``: seed drop path by (seed, epoch, batch, rank)."""

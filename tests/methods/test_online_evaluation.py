@@ -37,8 +37,8 @@ def test_labels__some_unknown__ignored(tiny_cfg, make_crops, build, fit):
     module = build(tiny_cfg(max_epochs=1, **{"knn_eval.enabled": True}))
     trainer = fit(module, [[indexes, crops, targets]])
     assert bool(torch.isfinite(trainer.callback_metrics["train_class_loss"]))
-    # the bank of the online kNN: the labelled images of both views
-    assert torch.cat(module.knn.train_targets).tolist() == [1, 2, 1, 2]
+    # the bank of the online kNN: both views; unknown labels are left out when it is asked
+    assert torch.cat(module.knn.train_targets).tolist() == [1, -1, 2, -1] * 2
     # a classifier that always says 1: the accuracy is that of the labelled images
     with torch.no_grad():
         module.classifier.weight.zero_()

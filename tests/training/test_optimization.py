@@ -229,6 +229,58 @@ def test_clip_per_parameter__each_tensor_by_its_own_norm():
     optimization.clip_per_parameter(parameters[-1:], 0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_together__equals_one_multiplication_per_tensor(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 3), (), (7,), (2, 3, 2, 2)]
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    tensors[-1] = tensors[-1].to(memory_format=torch.channels_last)
+    factors = torch.rand(len(shapes), generator=generator).to(dtype)
+    expected = [t * f for t, f in zip(tensors, factors, strict=True)]
+    optimization.scale_together(tensors, factors)
+    for tensor, value in zip(tensors, expected, strict=True):
+        assert torch.equal(tensor, value)
+        assert tensor.stride() == value.stride()
+
+
+def test_clip_per_parameter__gradients_of_two_dtypes():
+    parameters = [nn.Parameter(torch.zeros(3, dtype=d)) for d in (torch.float32, torch.bfloat16)]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimization.clip_per_parameter(parameters, 1.0)
+    for parameter in parameters:
+        assert float(parameter.grad.norm()) == pytest.approx(1, rel=1e-2)
+
+
+# ---- the optimiser -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+def test_make_optimizer__fused__same_steps_as_the_plain_loop(cls):
+    options = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9)}
+    updated = []
+    for more in ({}, {"fused": False}, {"foreach": True}):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(n, 3, generator=generator)) for n in (2, 50)]
+        optimizer = optimization.make_optimizer(cls, [{"params": parameters}], **options, **more)
+        assert bool(optimizer.param_groups[0]["fused"]) is (not more)
+        for _ in range(5):
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        updated.append(torch.cat([p.detach() for p in parameters]))
+    for other in updated[1:]:
+        torch.testing.assert_close(updated[0], other, rtol=1e-5, atol=1e-6)
+
+
+def test_make_optimizer__others_have_no_fused_default():
+    parameters = [nn.Parameter(torch.zeros(3))]
+    optimizer = optimization.make_optimizer(
+        torch.optim.SGD, [{"params": parameters}], lr=0.1, weight_decay=0.0, momentum=0.9
+    )
+    assert not optimizer.param_groups[0]["fused"]
+
+
 class Gradients(Callback):
     """Gradient norms as the optimiser saw them: they stay until the next step's ``zero_grad``."""
 

@@ -1,0 +1,98 @@
+"""What one training step asks of the device: nothing is waited for, and kernels are few."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from dinovmf_plugin.benchmarks.launches import StepLaunches
+from dinovmf_plugin.methods.base import NonFiniteLossError
+from dinovmf_plugin.methods.ibot import IBOT
+
+METHODS = ("dino_multicrop", "dino_vmf", "msn", "msn_vmf")
+
+
+def count(tiny_cfg, crop_loader, build, fit, method, precision="32-true", **more):
+    cfg = tiny_cfg(
+        method,
+        **{
+            "max_epochs": 1,
+            "data.num_small_crops": 2,
+            "knn_eval.enabled": True,
+            "method_kwargs.clip_grad": 0.3,
+            "optimizer.name": "adamw",
+            **more,
+        },
+    )
+    if method.startswith("msn"):
+        cfg.method_kwargs.pop("freeze_last_layer", None)
+    counted = StepLaunches(step=1)
+    fit(build(cfg, depth=None), crop_loader(3), callbacks=[counted], precision=precision)
+    assert list(counted.phases) == ["forward", "backward", "update", "after"]
+    return counted
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_step__waits_for_nothing(tiny_cfg, crop_loader, build, fit, method):
+    counted = count(tiny_cfg, crop_loader, build, fit, method)
+    assert counted.waits == 0, counted.operations
+
+
+@pytest.mark.parametrize("method", ["ibot", "ibot_vmf"])
+def test_step_of_ibot__only_the_masks_are_read_and_they_are_the_processors(
+    tiny_cfg, crop_loader, build, fit, monkeypatch, method
+):
+    masks = torch.rand(8, 4) < 0.4
+    monkeypatch.setattr(IBOT, "draw_masks", lambda self, images: masks)
+    counted = count(tiny_cfg, crop_loader, build, fit, method)
+    assert counted.waits == counted.operations["aten::nonzero"] == 1, counted.operations
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [*METHODS, "ibot", "ibot_vmf"])
+def test_gpu__step__waits_for_nothing(tiny_cfg, crop_loader, build, fit, method):
+    class Strict(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            torch.cuda.set_sync_debug_mode("error" if batch_idx else "default")
+
+        def on_train_batch_end(self, *_) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    cfg = tiny_cfg(method, **{"max_epochs": 1, "method_kwargs.clip_grad": 0.3})
+    if method.startswith("msn"):
+        cfg.method_kwargs.pop("freeze_last_layer", None)
+    try:
+        fit(build(cfg), crop_loader(3), callbacks=[Strict()], accelerator="gpu")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_update__is_a_handful_whatever_the_depth(tiny_cfg, crop_loader, build, fit):
+    """Clipping, optimiser and EMA: lists of tensors, not one kernel per tensor."""
+    counted = count(tiny_cfg, crop_loader, build, fit, "dino_vmf")
+    assert counted.phases["update"].total < 20, counted.phases["update"].operations
+    assert counted.phases["after"].operations["aten::_foreach_lerp_"] == 2  # backbone and head
+    assert counted.phases["after"].total < 12, counted.phases["after"].operations
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_loss_that_is_not_finite__stops_before_the_weights_move(
+    tiny_cfg, crop_loader, build, fit, value
+):
+    module = build(tiny_cfg(max_epochs=1))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    loss = module.distillation_loss
+
+    def broken(crops):
+        out = loss(crops)
+        object.__setattr__(out, "loss", out.loss * value)
+        return out
+
+    module.distillation_loss = broken
+    with pytest.raises(NonFiniteLossError, match=r"the loss became (nan|inf) at step 0"):
+        fit(module, crop_loader(2))
+    for name, p in module.named_parameters():
+        assert torch.equal(p, before[name]), name
