@@ -19,12 +19,8 @@ from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.host import BaseMomentumMethod
 from dinovmf_plugin.losses.koleo import koleo_loss
 from dinovmf_plugin.methods.probes import OnlineProbes
-from dinovmf_plugin.methods.settings import (
-    MethodSettings,
-    check_range,
-    check_strategy,
-    read_settings,
-)
+from dinovmf_plugin.methods.settings import MethodSettings, check_strategy
+from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training import optimization
 from dinovmf_plugin.training.late import LateNumber
 from dinovmf_plugin.training.records import REMEDY, NonFiniteLossError, StepRecord
@@ -75,7 +71,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
-        self.settings: Any = read_settings(self.settings_class, self.cfg.method_kwargs)
+        self.settings: Any = read(self.settings_class, self.cfg.method_kwargs, "method_kwargs.")
         self.last_step: StepRecord | None = None
         self._step_of_last_update = 0
         self._pending_loss: LateNumber | None = None
@@ -92,9 +88,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         """
         cfg = BaseMomentumMethod.add_and_assert_specific_cfg(cfg)
         given: Any = OmegaConf.to_container(cfg.method_kwargs, resolve=True) or {}
-        settings = read_settings(
-            cls.settings_class, OmegaConf.create(dict(cls.default_settings) | given)
-        )
+        settings = read(cls.settings_class, {**cls.default_settings, **given}, "method_kwargs.")
         cfg.method_kwargs = OmegaConf.create(dataclasses.asdict(settings))
         cls.check_config(cfg)
         return cfg
@@ -123,9 +117,13 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
                 f"augmentations give one crop per image, but {cfg.method} compares views of it: at least "
                 "two are needed"
             )
-        check_range("momentum.base_tau", cfg.momentum.base_tau, 0, 1)
-        check_range("momentum.final_tau", cfg.momentum.final_tau, cfg.momentum.base_tau, 1)
-        check_range("scheduler.warmup_epochs", cfg.scheduler.warmup_epochs, 0, cfg.max_epochs)
+        for key, value, low, high in (
+            ("momentum.base_tau", cfg.momentum.base_tau, 0, 1),
+            ("momentum.final_tau", cfg.momentum.final_tau, cfg.momentum.base_tau, 1),
+            ("scheduler.warmup_epochs", cfg.scheduler.warmup_epochs, 0, cfg.max_epochs),
+        ):
+            if not low <= value <= high:
+                raise ValueError(f"{key}={value} must lie in [{low}, {high}]")
         if cfg.momentum.classifier:
             raise ValueError(
                 "momentum.classifier=True is not supported: the online classifier follows the student "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from dinovmf_plugin.core import schedules
 from dinovmf_plugin.core import vit as backbones
 from dinovmf_plugin.core.centering import make_centering
-from dinovmf_plugin.core.masking import MaskSampler
+from dinovmf_plugin.core.masking import MaskSampler, MaskShape
 from dinovmf_plugin.core.packing import Crops, forward_packed
 from dinovmf_plugin.losses.dino import dino_loss
 from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_patch_center
 from dinovmf_plugin.methods.base import DistillationOutput
 from dinovmf_plugin.methods.crops import tokens_and_features
 from dinovmf_plugin.methods.dino import DINOMultiCrop
-from dinovmf_plugin.methods.settings import DINOSettings, check_range, check_vit
+from dinovmf_plugin.methods.settings import CenterMomentum, DINOSettings, PrototypeCount, check_vit
+from dinovmf_plugin.runs.bounds import AtLeastOne, Positive, Ratio, Weight, Whole
+from dinovmf_plugin.runs.settings import Doc
 from dinovmf_plugin.training.records import StepRecord
 
 __all__ = ["IBOT", "IBOTSettings", "IBOTvMF"]
@@ -27,7 +30,7 @@ __all__ = ["IBOT", "IBOTSettings", "IBOTvMF"]
 _HEAD_ROWS = 4096  # teacher patches that pass the head at once
 
 
-@dataclass
+@dataclass(frozen=True)
 class IBOTSettings(DINOSettings):
     """``method_kwargs`` of ``ibot`` and ``ibot_vmf``: DINO's, and those of the patches.
 
@@ -35,32 +38,27 @@ class IBOTSettings(DINOSettings):
     ``warmup_teacher_temperature_epochs`` is the length of both warm-ups.
     """
 
-    num_prototypes: int = 8192
+    num_prototypes: PrototypeCount = 8192
     # teacher of the patches
-    teacher_patch_temperature: float = 0.07
-    warmup_teacher_patch_temperature: float = 0.04
-    patch_center_momentum: float = 0.9
+    teacher_patch_temperature: Annotated[Positive, Doc("of the teacher, on patches")] = 0.07
+    warmup_teacher_patch_temperature: Annotated[Positive, Doc("the same at the start")] = 0.04
+    patch_center_momentum: CenterMomentum = 0.9
     # loss = lambda1 CLS + lambda2 patches
-    lambda1: float = 1.0
-    lambda2: float = 1.0
+    lambda1: Annotated[Weight, Doc("weight of the loss on CLS tokens")] = 1.0
+    lambda2: Annotated[Weight, Doc("weight of the loss on masked patches")] = 1.0
     # masks (see masking.MaskSampler)
-    pred_ratio: list[float] = field(default_factory=lambda: [0.0, 0.3])
-    pred_ratio_var: list[float] = field(default_factory=lambda: [0.0, 0.2])
-    pred_shape: str = "block"
-    pred_start_epoch: int = 0
+    pred_ratio: Annotated[
+        Sequence[Ratio], AtLeastOne, Doc("shares of masked patches, one drawn per crop")
+    ] = (0.0, 0.3)
+    pred_ratio_var: Annotated[
+        Sequence[Ratio], AtLeastOne, Doc("how far each share is varied to both sides")
+    ] = (0.0, 0.2)
+    pred_shape: Annotated[MaskShape, Doc("of the masks")] = "block"
+    pred_start_epoch: Annotated[Whole, Doc("no masks before this epoch")] = 0
 
-    def validate(self) -> None:
-        """Raise a ValueError for the first value that cannot work, naming its key."""
-        super().validate()
-        for key in ("lambda1", "lambda2", "pred_start_epoch"):
-            check_range(f"method_kwargs.{key}", getattr(self, key), 0, float("inf"))
-        check_range(
-            "method_kwargs.patch_center_momentum",
-            self.patch_center_momentum,
-            0,
-            1 - 1e-9,
-            "iBOT: 0.9",
-        )
+    def check(self) -> None:
+        """See ``DINOSettings.check``; the masks' lists must fit each other."""
+        super().check()
         self.mask_sampler()
 
     def teacher_temperatures(self) -> dict[str, float]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -19,14 +20,24 @@ from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.msn import msn_loss, msn_targets
 from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation
 from dinovmf_plugin.methods.crops import features_of_crops, tokens_and_features
-from dinovmf_plugin.methods.settings import MethodSettings, check_range, check_vit
+from dinovmf_plugin.methods.settings import (
+    BatchNorm,
+    Centering,
+    MethodSettings,
+    Normalizing,
+    PrototypeCount,
+    TeacherTemperature,
+    check_vit,
+)
+from dinovmf_plugin.runs.bounds import Share, Weight
+from dinovmf_plugin.runs.settings import Doc
 from dinovmf_plugin.training.config import count_devices
 from dinovmf_plugin.training.records import StepRecord
 
 __all__ = ["MSN", "MSNSettings", "MSNvMF"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class MSNSettings(MethodSettings):
     """``method_kwargs`` of ``msn`` and ``msn_vmf``.
 
@@ -34,22 +45,19 @@ class MSNSettings(MethodSettings):
     largest *global* norm of the gradients of backbone and head (DINO's is per parameter).
     """
 
-    normalization: str = "l2"
-    centering: str = "sinkhorn"
-    num_prototypes: int = 1024
-    use_bn_in_head: bool = True
-    teacher_temperature: float = 0.025
-    clip_grad: float = 3.0
-    patch_drop: float = 0.15
-    me_max_weight: float = 1.0
-    schedule_stretch: float = 1.25
-
-    def validate(self) -> None:
-        """Raise a ValueError for the first value that cannot work, naming its key."""
-        super().validate()
-        check_range("method_kwargs.patch_drop", self.patch_drop, 0, 1 - 1e-9, "MSN ViT-S/16: 0.15")
-        check_range("method_kwargs.me_max_weight", self.me_max_weight, 0, float("inf"))
-        check_range("method_kwargs.schedule_stretch", self.schedule_stretch, 1, float("inf"))
+    normalization: Normalizing = "l2"
+    centering: Centering = "sinkhorn"
+    num_prototypes: PrototypeCount = 1024
+    use_bn_in_head: BatchNorm = True
+    teacher_temperature: TeacherTemperature = 0.025
+    clip_grad: Annotated[Weight, Doc("largest global norm of the gradients; 0: no clipping")] = 3.0
+    patch_drop: Annotated[
+        Share, Doc("share of the anchor's patches that is dropped (ViT-S/16: 0.15)")
+    ] = 0.15
+    me_max_weight: Annotated[Weight, Doc("weight of the mean-entropy maximization")] = 1.0
+    schedule_stretch: Annotated[
+        float, Ge(1), Doc("the cosine is cut off: it would end at this times max_epochs")
+    ] = 1.25
 
 
 class MSN(SelfDistillation):

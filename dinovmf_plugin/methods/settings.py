@@ -1,43 +1,29 @@
-"""The schema of ``method_kwargs``: names, types, defaults and what values are possible."""
+"""The keys of ``method_kwargs``: types, bounds and defaults; and what a method asks of a whole recipe."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, ConfigTypeError, ValidationError
 
-from dinovmf_plugin.core.centering import CENTERINGS
-from dinovmf_plugin.core.prototypes import NORMALIZATIONS
+from dinovmf_plugin.core.centering import CenteringName
+from dinovmf_plugin.core.prototypes import Normalization
+from dinovmf_plugin.runs.bounds import Count, Path, Positive, Share, Weight, Whole
+from dinovmf_plugin.runs.settings import Doc, Settings
 
-__all__ = [
-    "DINOSettings",
-    "MethodSettings",
-    "check_choice",
-    "check_range",
-    "check_strategy",
-    "check_vit",
-    "read_settings",
+__all__ = ["DINOSettings", "MethodSettings", "check_strategy", "check_vit"]
+
+Normalizing = Annotated[
+    Normalization, Doc("of the prototypes: free norms, norms 1, or a vMF mixture (Table 1)")
 ]
-
-SettingsT = TypeVar("SettingsT", bound="MethodSettings")
-
-
-def check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the key unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{key}={value!r} is unknown: choose one of {', '.join(choices)}")
-
-
-def check_range(key: str, value: float, low: float, high: float, hint: str = "") -> None:
-    """Raise a ValueError that names the key unless ``low <= value <= high``."""
-    if not low <= value <= high:
-        raise ValueError(
-            f"{key}={value} must lie in [{low}, {high}]" + (f"; {hint}" if hint else "")
-        )
+Centering = Annotated[CenteringName, Doc("of the teacher: Eq. 8, Eq. 9 or Sinkhorn (Table 1)")]
+PrototypeCount = Annotated[Count, Doc("K, mixture components")]
+BatchNorm = Annotated[bool, Doc("BatchNorm in the head")]
+TeacherTemperature = Annotated[Positive, Doc("of the teacher, below the student's")]
+ClipGrad = Annotated[Weight, Doc("largest norm of a parameter's gradient; 0: no clipping")]
+CenterMomentum = Annotated[Share, Doc("of the moving average (DINO, iBOT: 0.9)")]
 
 
 def check_vit(cfg: DictConfig) -> None:
@@ -63,95 +49,88 @@ def check_strategy(cfg: DictConfig) -> None:
         )
 
 
-@dataclass
-class MethodSettings:
+@dataclass(frozen=True)
+class MethodSettings(Settings):
     """``method_kwargs`` that every method has."""
 
-    # the two switches of the paper's Table 1
-    normalization: str = "none"
-    centering: str = "logit"
+    normalization: Normalizing = "none"
+    centering: Centering = "logit"
     # head
-    proj_hidden_dim: int = 2048
-    proj_output_dim: int = 256
-    num_prototypes: int = 65536
-    proj_num_layers: int = 3
-    use_bn_in_head: bool = False
-    normalizer_order: int = 0  # terms of log C_p(kappa) beyond the paper's: 0, 1 or 2
+    proj_hidden_dim: Annotated[Count, Doc("width of the head's hidden layers")] = 2048
+    proj_output_dim: Annotated[Count, Doc("p, dimension of the unit vectors")] = 256
+    num_prototypes: PrototypeCount = 65536
+    proj_num_layers: Annotated[Count, Doc("layers of the head before the prototypes")] = 3
+    use_bn_in_head: BatchNorm = False
+    normalizer_order: Annotated[
+        int, Ge(0), Le(2), Doc("terms of log C_p(kappa) beyond the paper's")
+    ] = 0
     # temperatures
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.07
+    student_temperature: Annotated[Positive, Doc("of the student")] = 0.1
+    teacher_temperature: TeacherTemperature = 0.07
     # targets
-    center_momentum: float = 0.9
-    sinkhorn_iterations: int = 3
-    # optimisation
-    clip_grad: float = 0.0
-    final_weight_decay: float | None = None  # cosine from optimizer.weight_decay; None: constant
-    prototype_spread: float = 0.0  # weight of a loss that pushes prototypes apart
+    center_momentum: CenterMomentum = 0.9
+    sinkhorn_iterations: Annotated[Count, Doc("of centering=sinkhorn")] = 3
+    # optimization
+    clip_grad: ClipGrad = 0.0
+    final_weight_decay: Annotated[
+        Annotated[float, Ge(0), Le(100)] | None,
+        Doc("end of a cosine from optimizer.weight_decay; null: constant"),
+    ] = None
+    prototype_spread: Annotated[Weight, Doc("weight of a loss that pushes prototypes apart")] = 0.0
     # starting point
-    init_from: str | None = (
-        None  # checkpoint: this project's, or an official DINO, iBOT or MSN file
-    )
-    init_which: str = "teacher"  # of its two networks
-    # monitors (training.monitor.MixtureMonitor)
-    monitor: bool = True
-    monitor_every: int = 50  # steps
-    stop_on_collapse: bool = False
+    init_from: Annotated[
+        Path | None,
+        Doc("checkpoint to start from: this project's, or an official DINO, iBOT or MSN file"),
+    ] = None
+    init_which: Annotated[Literal["teacher", "student"], Doc("of its two networks")] = "teacher"
+    # monitors
+    monitor: Annotated[bool, Doc("write the mixture's statistics while training")] = True
+    monitor_every: Annotated[Count, Doc("steps between two of them")] = 50
+    stop_on_collapse: Annotated[bool, Doc("stop a run that has collapsed, not only warn")] = False
 
-    def validate(self) -> None:
-        """Raise a ValueError for the first value that cannot work, naming its key."""
-        check_choice("method_kwargs.normalization", self.normalization, NORMALIZATIONS)
-        check_choice("method_kwargs.centering", self.centering, CENTERINGS)
-        check_choice("method_kwargs.init_which", self.init_which, ("teacher", "student"))
-        for key in (
-            "proj_hidden_dim",
-            "proj_output_dim",
-            "num_prototypes",
-            "proj_num_layers",
-            "sinkhorn_iterations",
-            "monitor_every",
-        ):
-            check_range(f"method_kwargs.{key}", getattr(self, key), 1, float("inf"))
-        for key in ("clip_grad", "prototype_spread"):
-            check_range(f"method_kwargs.{key}", getattr(self, key), 0, float("inf"))
+    def check(self) -> None:
+        """vMF needs three dimensions, and every teacher is sharper than the student."""
         if self.normalization == "vmf" and self.proj_output_dim < 3:
             raise ValueError(
-                f"method_kwargs.proj_output_dim={self.proj_output_dim} is too small for "
-                "normalization=vmf: at least 3 (the paper uses 256)"
+                f"proj_output_dim={self.proj_output_dim} is too small for normalization=vmf: at "
+                "least 3 (the paper uses 256)"
             )
-        check_range("method_kwargs.normalizer_order", self.normalizer_order, 0, 2)
-        check_range("method_kwargs.center_momentum", self.center_momentum, 0, 1 - 1e-9, "DINO: 0.9")
-        if self.final_weight_decay is not None:
-            check_range("method_kwargs.final_weight_decay", self.final_weight_decay, 0, 100)
-        check_temperatures(self.student_temperature, self.teacher_temperatures())
+        for key, value in self.teacher_temperatures().items():
+            if value >= self.student_temperature:
+                raise ValueError(
+                    f"{key}={value} must be lower than student_temperature="
+                    f"{self.student_temperature}: a teacher that is not sharper than the student "
+                    "collapses to uniform outputs (DINO: teacher 0.04 to 0.07, student 0.1)"
+                )
 
     def teacher_temperatures(self) -> dict[str, float]:
         """All temperatures of the teacher, by key."""
         return {"teacher_temperature": self.teacher_temperature}
 
 
-@dataclass
+@dataclass(frozen=True)
 class DINOSettings(MethodSettings):
     """``method_kwargs`` of ``dino_multicrop`` and ``dino_vmf``.
 
     Names that solo-learn's own DINO has are kept; the published values are in ``configs/method/``.
     """
 
-    warmup_teacher_temperature: float = 0.04
-    warmup_teacher_temperature_epochs: int = 0
-    center_raw_scores: bool = False  # vmf with logit: leave log C_p(kappa) out of the centre
-    freeze_last_layer: int = 1  # epochs
-    decay_magnitudes: bool = True  # weight decay on prototype norms, as in DINO
+    warmup_teacher_temperature: Annotated[Positive, Doc("the teacher's at the start")] = 0.04
+    warmup_teacher_temperature_epochs: Annotated[Whole, Doc("length of the warm-up")] = 0
+    center_raw_scores: Annotated[
+        bool, Doc("vmf with logit: leave log C_p(kappa) out of the center")
+    ] = False
+    freeze_last_layer: Annotated[Whole, Doc("epochs in which the prototypes stay")] = 1
+    decay_magnitudes: Annotated[bool, Doc("weight decay on prototype norms, as in DINO")] = True
 
-    def validate(self) -> None:
-        """Raise a ValueError for the first value that cannot work, naming its key."""
-        super().validate()
-        for key in ("warmup_teacher_temperature_epochs", "freeze_last_layer"):
-            check_range(f"method_kwargs.{key}", getattr(self, key), 0, float("inf"))
+    def check(self) -> None:
+        """See ``MethodSettings.check``; ``center_raw_scores`` has a meaning in one cell alone."""
+        super().check()
         if self.center_raw_scores and (self.normalization, self.centering) != ("vmf", "logit"):
             raise ValueError(
-                "method_kwargs.center_raw_scores=True has no meaning with "
+                "center_raw_scores=True has no meaning with "
                 f"normalization={self.normalization}, centering={self.centering}: it leaves log C_p(kappa) "
-                "out of the centre of normalization=vmf, centering=logit"
+                "out of the center of normalization=vmf, centering=logit"
             )
 
     def teacher_temperatures(self) -> dict[str, float]:
@@ -160,46 +139,3 @@ class DINOSettings(MethodSettings):
             **super().teacher_temperatures(),
             "warmup_teacher_temperature": self.warmup_teacher_temperature,
         }
-
-
-def check_temperatures(student: float, teachers: dict[str, float]) -> None:
-    """Temperatures are positive and every teacher's is below the student's (DINO section 3.1)."""
-    for key, value in {"student_temperature": student, **teachers}.items():
-        if not value > 0:
-            raise ValueError(f"method_kwargs.{key}={value} must be greater than 0")
-    for key, value in teachers.items():
-        if value >= student:
-            raise ValueError(
-                f"method_kwargs.{key}={value} must be lower than student_temperature={student}: a "
-                "teacher that is not sharper than the student collapses to uniform outputs "
-                "(DINO: teacher 0.04 to 0.07, student 0.1)"
-            )
-
-
-def read_settings(cls: type[SettingsT], method_kwargs: DictConfig) -> SettingsT:
-    """Read ``method_kwargs`` into ``cls``, checking names, types and values.
-
-    Raises:
-        ValueError: one sentence that names the key, the value and what would be right.
-
-    Example:
-        >>> read_settings(DINOSettings, OmegaConf.create({"normalisation": "vmf"}))
-        Traceback (most recent call last):
-        ...
-        ValueError: method_kwargs.normalisation is no key of this method: did you mean normalization?
-    """
-    names = [field.name for field in dataclasses.fields(cls)]
-    for key in map(str, method_kwargs):
-        if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys are {', '.join(names)}"
-            raise ValueError(f"method_kwargs.{key} is no key of this method: {hint}")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), method_kwargs)
-        settings = OmegaConf.to_object(merged)
-    except (ConfigKeyError, ConfigTypeError, ValidationError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"method_kwargs.{error.full_key}: {reason}") from error
-    assert isinstance(settings, cls)
-    settings.validate()
-    return settings

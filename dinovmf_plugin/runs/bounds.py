@@ -19,6 +19,7 @@ __all__ = [
     "OneOf",
     "Path",
     "Positive",
+    "Ratio",
     "Seed",
     "Share",
     "Weight",
@@ -67,6 +68,7 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Finite = Annotated[float, Words("a finite number")]
 Weight = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
+Ratio = Annotated[float, Ge(0), Le(1)]
 Share = Annotated[float, Ge(0), Lt(1)]  # what may be left out, but not all of it
 Fraction = Annotated[float, Gt(0), Le(1)]  # what may be taken, but not nothing
 Path = Annotated[str, MinLen(1), Words("a path")]

@@ -303,7 +303,7 @@ def test_pred_start_epoch__delays_masks_and_the_patch_temperature(
         ("method_kwargs.lambda2", -1.0, "method_kwargs.lambda2=-1.0"),
         ("method_kwargs.teacher_patch_temperature", 0.2, "teacher_patch_temperature=0.2"),
         ("method_kwargs.patch_center_momentum", 1.0, "patch_center_momentum=1.0"),
-        ("method_kwargs.patch_drop", 0.1, "method_kwargs.patch_drop is no key of this method"),
+        ("method_kwargs.patch_drop", 0.1, "method_kwargs.patch_drop is no known key"),
     ],
 )
 def test_config__impossible_value__is_named(tiny_cfg, build, key, value, message):

@@ -279,8 +279,8 @@ def test_momentum__is_a_line_that_the_run_does_not_finish(msn_cfg, build, monkey
         ("method_kwargs.patch_drop", 1.0, "method_kwargs.patch_drop=1.0"),
         ("method_kwargs.schedule_stretch", 0.5, "method_kwargs.schedule_stretch=0.5"),
         ("method_kwargs.teacher_temperature", 0.1, "teacher_temperature=0.1"),
-        ("method_kwargs.freeze_last_layer", 1, "method_kwargs.freeze_last_layer is no key"),
-        ("method_kwargs.decay_magnitudes", True, "method_kwargs.decay_magnitudes is no key"),
+        ("method_kwargs.freeze_last_layer", 1, "method_kwargs.freeze_last_layer is no known key"),
+        ("method_kwargs.decay_magnitudes", True, "method_kwargs.decay_magnitudes is no known key"),
     ],
 )
 def test_config__impossible_value__is_named(msn_cfg, build, key, value, message):

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
-from dinovmf_plugin.methods.settings import DINOSettings, read_settings
+from dinovmf_plugin.methods.settings import DINOSettings
+from dinovmf_plugin.runs.settings import read
 
 
 def _read(**kwargs) -> DINOSettings:
-    return read_settings(DINOSettings, OmegaConf.create(kwargs))
+    return read(DINOSettings, OmegaConf.create(kwargs), "method_kwargs.")
 
 
 def test_defaults__are_dinos():
@@ -21,34 +22,33 @@ def test_defaults__are_dinos():
     assert (settings.student_temperature, settings.num_prototypes) == (0.1, 65536)
 
 
-def test_values__converted_to_the_declared_types():
-    settings = _read(num_prototypes="64", clip_grad=3, final_weight_decay=0, stop_on_collapse="yes")
+def test_values__of_the_declared_types():
+    settings = _read(num_prototypes=64, clip_grad=3, final_weight_decay=0)
     assert settings.num_prototypes == 64
     assert isinstance(settings.clip_grad, float)
     assert settings.final_weight_decay == 0.0
-    assert settings.stop_on_collapse is True
 
 
 BAD_VALUES = {
-    "normalization": ("cosine", ["'cosine'", "none, l2, vmf"]),
-    "centering": ("mean", ["'mean'", "logit, probability, sinkhorn"]),
-    "init_which": ("both", ["'both'", "teacher, student"]),
-    "proj_hidden_dim": (0, ["=0 ", "[1,"]),
-    "proj_output_dim": (0, ["=0 ", "[1,"]),
-    "num_prototypes": (-5, ["=-5 ", "[1,"]),
-    "proj_num_layers": (0, ["=0 ", "[1,"]),
-    "sinkhorn_iterations": (0, ["=0 ", "[1,"]),
-    "monitor_every": (0, ["=0 ", "[1,"]),
-    "warmup_teacher_temperature_epochs": (-1, ["=-1 ", "[0,"]),
-    "clip_grad": (-0.3, ["=-0.3 ", "[0,"]),
-    "freeze_last_layer": (-1, ["=-1 ", "[0,"]),
-    "prototype_spread": (-1.0, ["=-1.0 ", "[0,"]),
-    "normalizer_order": (3, ["=3 ", "[0, 2]"]),
-    "center_momentum": (1.0, ["=1.0 ", "[0,", "0.9"]),
-    "final_weight_decay": (-0.1, ["=-0.1 ", "[0,"]),
-    "student_temperature": (0.0, ["=0.0 ", "greater than 0"]),
-    "teacher_temperature": (float("nan"), ["=nan ", "greater than 0"]),
-    "warmup_teacher_temperature": (-0.04, ["=-0.04 ", "greater than 0"]),
+    "normalization": ("cosine", ["'cosine'", "none, l2 or vmf"]),
+    "centering": ("mean", ["'mean'", "logit, probability or sinkhorn"]),
+    "init_which": ("both", ["'both'", "teacher or student"]),
+    "proj_hidden_dim": (0, ["=0 ", "a whole number of at least 1"]),
+    "proj_output_dim": (0, ["=0 ", "a whole number of at least 1"]),
+    "num_prototypes": (-5, ["=-5 ", "a whole number of at least 1"]),
+    "proj_num_layers": (0, ["=0 ", "a whole number of at least 1"]),
+    "sinkhorn_iterations": (0, ["=0 ", "a whole number of at least 1"]),
+    "monitor_every": (0, ["=0 ", "a whole number of at least 1"]),
+    "warmup_teacher_temperature_epochs": (-1, ["=-1 ", "a whole number of at least 0"]),
+    "clip_grad": (-0.3, ["=-0.3 ", "of at least 0"]),
+    "freeze_last_layer": (-1, ["=-1 ", "a whole number of at least 0"]),
+    "prototype_spread": (-1.0, ["=-1.0 ", "of at least 0"]),
+    "normalizer_order": (3, ["=3 ", "from 0 to 2"]),
+    "center_momentum": (1.0, ["=1.0 ", "of at least 0 and below 1"]),
+    "final_weight_decay": (-0.1, ["=-0.1 ", "from 0 to 100"]),
+    "student_temperature": (0.0, ["=0.0 ", "number above 0"]),
+    "teacher_temperature": (float("nan"), ["=nan ", "number above 0"]),
+    "warmup_teacher_temperature": (-0.04, ["=-0.04 ", "number above 0"]),
 }
 
 
@@ -79,6 +79,9 @@ WRONG_TYPES = {
     "num_prototypes": "many",
     "clip_grad": "strong",
     "use_bn_in_head": "perhaps",
+    "stop_on_collapse": "yes",
+    "monitor_every": True,
+    "sinkhorn_iterations": "3",
     "normalization": None,
     "center_momentum": [0.9],
     "freeze_last_layer": 1.5,
@@ -174,4 +177,4 @@ def test_method__resolved_settings_are_written_back(tiny_cfg, build):
     assert set(kwargs) == {field.name for field in dataclasses.fields(DINOSettings)}
     assert kwargs["normalization"] == "vmf"
     assert kwargs["centering"] == "probability"
-    assert read_settings(DINOSettings, OmegaConf.create(kwargs)) == module.settings
+    assert read(DINOSettings, OmegaConf.create(kwargs), "method_kwargs.") == module.settings
