@@ -48,14 +48,9 @@ from dinovmf_plugin.mixture.precision import PercentileBin
 from dinovmf_plugin.mixture.utilization import duplicate_groups
 from dinovmf_plugin.report.page import Sheet, Thumbnail
 from dinovmf_plugin.report.theme import themed
-from dinovmf_plugin.runs.folder import (
-    file_digest,
-    open_run_folder,
-    pick_device,
-    versions,
-    write_atomic,
-    write_json,
-)
+from dinovmf_plugin.runs.environment import pick_device, versions
+from dinovmf_plugin.runs.files import file_digest, write_file, write_json
+from dinovmf_plugin.runs.folder import open_run_folder
 
 __all__ = ["AnalysisSettings", "analyze", "format_analysis"]
 
@@ -281,7 +276,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         result, model, hits, {part.images.name: part.scores.log_likelihood for part in scored}
     )
     for key, themes in charts.items():
-        write_atomic(folder / "figures" / f"{key}.svg", partial(_write, themes["light"]))
+        write_file(folder / "figures" / f"{key}.svg", themes["light"])
     maps = _attention(settings, model, shown, folder / "attention")
     result["attention"] = [str(path.relative_to(folder)) for path in maps]
     heads = int(model.vit.blocks[-1].attn.num_heads)
@@ -292,7 +287,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         ("analysis.html", page.html()),
         ("gallery.html", gallery_page(name, sheets, ranked).html()),
     ):
-        write_atomic(folder / file, partial(_write, text.encode("utf-8", "replace")))
+        write_file(folder / file, text.encode("utf-8", "replace"))
     write_json(folder / "analysis.json", result)
     return result
 
@@ -302,10 +297,6 @@ def _files(settings: AnalysisSettings) -> dict[str, Path]:
 
     named = {"checkpoint": settings.checkpoint, **settings.others}
     return {key: resolve_file(path) for key, path in named.items()}
-
-
-def _write(content: bytes, file: Any) -> None:
-    file.write(content)
 
 
 def format_analysis(result: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinovmf_plugin.runs.folder import write_atomic
+from dinovmf_plugin.runs.files import write_file
 
 __all__ = ["TABLE_FORMATS", "check_table_format", "save_table"]
 
@@ -58,11 +58,11 @@ def save_table(columns: Mapping[str, Sequence[Any]], folder: Path, name: str, ki
         writer.writerows(zip(*columns.values(), strict=True))
         # file names may hold bytes that are no UTF-8; they come back as they were
         content = text.getvalue().encode("utf-8", "surrogateescape")
-        write_atomic(path, lambda file: file.write(content))
+        write_file(path, content)
         return path
     import pyarrow as pa
     from pyarrow import parquet
 
     table = pa.table({key: list(values) for key, values in columns.items()})
-    write_atomic(path, lambda file: parquet.write_table(table, file))
+    write_file(path, lambda file: parquet.write_table(table, file))
     return path

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +10,8 @@ from pathlib import Path
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor
+
+from dinovmf_plugin.runs.files import replacing
 
 __all__ = ["TOLERANCE", "require_onnx", "write_onnx", "write_torchscript"]
 
@@ -66,15 +66,12 @@ def write_torchscript(vit: VisionTransformer, path: Path) -> None:
     Raises:
         ValueError: if the outputs differ by more than ``TOLERANCE``; nothing is written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export.") as scratch:
-        draft = Path(scratch) / path.name
+    with replacing(path) as draft:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracer and deprecation notes; the comparison decides
             torch.jit.save(torch.jit.trace(vit, _images(vit, 2)), str(draft))
             traced = torch.jit.load(str(draft))
         _compare(vit, traced, "TorchScript file")
-        os.replace(draft, path)
 
 
 @torch.no_grad()
@@ -88,9 +85,7 @@ def write_onnx(vit: VisionTransformer, path: Path) -> None:
     require_onnx()
     import onnxruntime
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export.") as scratch:
-        draft = Path(scratch) / path.name
+    with replacing(path) as draft:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
@@ -110,4 +105,3 @@ def write_onnx(vit: VisionTransformer, path: Path) -> None:
             return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
         _compare(vit, run, "ONNX file")
-        os.replace(draft, path)

@@ -19,9 +19,9 @@ from dinovmf_plugin.checkpoints.writing import (
     check_free,
     inside,
     timm_config,
-    write_atomically,
     write_safetensors,
 )
+from dinovmf_plugin.runs.files import write_file
 
 __all__ = ["IMPORT_SOURCES", "export_weights", "import_weights"]
 
@@ -119,7 +119,7 @@ def import_weights(
     head = _head(complete) if complete.head else None
     config = timm_config(shape, stored, head[1] if head else None)
     write_safetensors(output, vit.state_dict(), config)
-    write_atomically(config_path, _json(config))
+    write_file(config_path, _json(config))
     written = [output, config_path]
     if head is not None:
         write_safetensors(head_path, head[0], config)
@@ -190,9 +190,9 @@ def export_weights(
     if onnx:
         graphs.write_onnx(vit, targets["model.onnx"])
     write_safetensors(targets["model.safetensors"], vit.state_dict(), config)
-    write_atomically(targets["config.json"], _json(config))
+    write_file(targets["config.json"], _json(config))
     card = model_card(shape, config)
-    write_atomically(targets["README.md"], card.encode())
+    write_file(targets["README.md"], card)
     if head is not None:
         write_safetensors(targets["model.head.safetensors"], head[0], config)
     return report, list(targets.values())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +17,9 @@ from dinovmf_plugin.checkpoints.heads import HeadSettings
 from dinovmf_plugin.checkpoints.layouts import StoredWeights
 from dinovmf_plugin.checkpoints.reading import CONFIG_KEY
 from dinovmf_plugin.data.channels import channel_statistics
+from dinovmf_plugin.runs.files import write_file
 
-__all__ = ["check_free", "inside", "timm_config", "write_atomically", "write_safetensors"]
+__all__ = ["check_free", "inside", "timm_config", "write_safetensors"]
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -57,39 +56,11 @@ def check_free(paths: Iterable[Path], overwrite: bool) -> None:
             )
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all, so that no reader ever meets half of it.
-
-    Raises:
-        OSError: if the disk is full or the folder is read-only; whatever was there stays.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from a team
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write tensors with their config in the metadata, atomically."""
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(config)}
-    write_atomically(path, save(plain, metadata))
+    write_file(path, save(plain, metadata))
 
 
 def timm_config(

@@ -25,7 +25,7 @@ from dinovmf_plugin.comparison.tables import (
 from dinovmf_plugin.report.page import Page
 from dinovmf_plugin.report.paper import paper_ablation
 from dinovmf_plugin.report.tables import Table
-from dinovmf_plugin.runs.folder import write_atomic, write_json
+from dinovmf_plugin.runs.files import write_file, write_json
 
 __all__ = ["collect"]
 
@@ -151,9 +151,8 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
         }
     write_json(root / f"{kind}.json", summary)
     text = _markdown(summary, tables)
-    write_atomic(root / f"{kind}.md", lambda file: file.write(text.encode()))
-    content = _page(summary, tables, groups, varied).html().encode()
-    write_atomic(root / f"{kind}.html", lambda file: file.write(content))
+    write_file(root / f"{kind}.md", text)
+    write_file(root / f"{kind}.html", _page(summary, tables, groups, varied).html())
     print(f"\n{text}\n{root / kind}.json, .html, .md")
     return summary
 

@@ -18,7 +18,7 @@ from dinovmf_plugin.data.module import validation_loader
 from dinovmf_plugin.features.checks import NonFiniteFeaturesError
 from dinovmf_plugin.features.extraction import extract_features
 from dinovmf_plugin.features.knn import knn_accuracy
-from dinovmf_plugin.runs.folder import write_json
+from dinovmf_plugin.runs.files import write_json
 from dinovmf_plugin.training.config import count_devices, parse_cfg
 from dinovmf_plugin.training.curve import CurveRecorder
 

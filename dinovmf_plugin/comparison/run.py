@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,7 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import registry
@@ -22,32 +19,17 @@ from dinovmf_plugin.comparison.launch import train
 from dinovmf_plugin.comparison.outcome import outcome_of
 from dinovmf_plugin.comparison.settings import RunSettings
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.runner import all_versions, evaluate, keep_previous
+from dinovmf_plugin.evaluation.runner import evaluate
 from dinovmf_plugin.features.checks import NonFiniteFeaturesError
-from dinovmf_plugin.runs.folder import pick_device, write_json
+from dinovmf_plugin.runs.environment import machine, pick_device, versions
+from dinovmf_plugin.runs.files import keep_previous, write_json
 from dinovmf_plugin.training.checkpointer import choose_folder, find_checkpoint, run_identity
 from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.curve import read_curve, read_monitor
 
-__all__ = ["flat_metrics", "machine", "run_one"]
+__all__ = ["flat_metrics", "run_one"]
 
 RESULT = "result.json"
-
-
-def machine() -> dict[str, Any]:
-    """What a duration depends on: processor, cores, threads, GPU.
-
-    Example:
-        >>> sorted(machine())
-        ['cores', 'cpu', 'gpu', 'threads']
-    """
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def flat_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -197,7 +179,7 @@ def run_one(settings: RunSettings) -> dict[str, Any]:
             "evaluation": round(time.monotonic() - trained, 1),
         },
         "machine": machine(),
-        "versions": all_versions(),
+        "versions": versions(),
         "recipe": OmegaConf.to_container(parsed, resolve=True),
         "settings": shared.identity(),
     }

@@ -23,7 +23,7 @@ from dinovmf_plugin.features.extraction import extract_features
 from dinovmf_plugin.report.page import Page, Sheet, Thumbnail
 from dinovmf_plugin.report.tables import Table
 from dinovmf_plugin.report.theme import themed
-from dinovmf_plugin.runs.folder import write_atomic
+from dinovmf_plugin.runs.files import write_file
 
 __all__ = ["LabelledImages", "write_report"]
 
@@ -236,4 +236,4 @@ def write_report(
     page.text(f"Pictures: {about['note']}. Licence: {about['licence']}.", note=True)
     shown = {k: results[k] for k in ("settings", "recipe", "versions")}
     page.details("Settings and versions", json.dumps(shown, indent=2))
-    write_atomic(path, lambda file: file.write(page.html().encode()))
+    write_file(path, page.html())

@@ -22,7 +22,7 @@ from dinovmf_plugin.features.extraction import PixelFeatures, extract_features
 from dinovmf_plugin.features.knn import knn_accuracy
 from dinovmf_plugin.pretraining import build_method, pretrain
 from dinovmf_plugin.recipes import Candidate, compose_recipe
-from dinovmf_plugin.runs.folder import write_json
+from dinovmf_plugin.runs.files import write_json
 from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.curve import CurveRecorder, read_curve, read_monitor
 

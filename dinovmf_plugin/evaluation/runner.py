@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,31 +20,12 @@ from dinovmf_plugin.evaluation.settings import EvaluationSettings
 from dinovmf_plugin.evaluation.workbench import Images, Run, Workbench
 from dinovmf_plugin.features.extraction import resolve_feature
 from dinovmf_plugin.features.network import EvaluatedBackbone, load_evaluated, untrained_like
-from dinovmf_plugin.runs.folder import pick_device, versions, write_atomic, write_json
+from dinovmf_plugin.runs.environment import pick_device, versions
+from dinovmf_plugin.runs.files import keep_previous, write_file, write_json
 
-__all__ = ["all_versions", "evaluate", "evaluate_one", "keep_previous"]
+__all__ = ["evaluate", "evaluate_one"]
 
 Results = Mapping[str, Any]
-
-
-def keep_previous(path: Path) -> Path | None:
-    """Moves an existing file aside (``results.json`` to ``results.1.json`` ...): nothing is overwritten.
-
-    Returns:
-        The new place, or None if there was no such file.
-    """
-    if not path.exists():
-        return None
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(aside)
-    return aside
-
-
-def all_versions() -> dict[str, str]:
-    """Versions of everything that can move an accuracy."""
-    return {**versions(), "scikit-learn": version("scikit-learn")}
 
 
 def _networks(settings: EvaluationSettings) -> list[EvaluatedBackbone]:
@@ -143,7 +123,7 @@ def evaluate(
         "baselines": {network.label: {} for network in networks[1:]},
         "checkpoint": main.record,
         "settings": {key: value for key, value in config.items() if key != "hydra"},
-        "versions": all_versions(),
+        "versions": versions(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": str(device),
     }
@@ -179,8 +159,7 @@ def evaluate(
                 f"Evaluation of {main.label}",
                 _page_record(record),
             )
-            content = page.html().encode()
-            write_atomic(output / f"{file}.html", lambda handle: handle.write(content))
+            write_file(output / f"{file}.html", page.html())
             print(f"{output / file}.json, {output / file}.html")
     return layout(results, record)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dinovmf_plugin.features.checks import check_features
+from dinovmf_plugin.runs.files import write_file
 
 __all__ = ["FeatureKey", "load_feature_file", "save_feature_file"]
 
@@ -64,16 +64,8 @@ def save_feature_file(
     stored = features.to(dtype)
     check_features(stored, labels, f"{dtype}".removeprefix("torch."))
     metadata = {"format": _FORMAT, **asdict(key)}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        tensors = {"features": stored.contiguous(), "labels": labels.contiguous()}
-        save_file(tensors, unfinished, metadata)
-        os.chmod(unfinished, 0o644)  # safetensors' 0600 would shut out other users of the cache
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    tensors = {"features": stored.contiguous(), "labels": labels.contiguous()}
+    write_file(path, save(tensors, metadata))
 
 
 def load_feature_file(path: str | Path, key: FeatureKey | None = None) -> tuple[Tensor, Tensor]:

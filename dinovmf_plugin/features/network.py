@@ -17,7 +17,7 @@ from dinovmf_plugin.checkpoints.reading import resolve_file
 from dinovmf_plugin.data.channels import IMAGENET, Statistics, channel_statistics
 from dinovmf_plugin.features.extraction import PixelFeatures
 from dinovmf_plugin.report.paper import method_label
-from dinovmf_plugin.runs.folder import file_digest
+from dinovmf_plugin.runs.files import file_digest
 
 __all__ = ["EvaluatedBackbone", "load_evaluated", "random_name", "untrained_like"]
 

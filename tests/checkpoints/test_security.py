@@ -4,7 +4,6 @@ import argparse
 import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 from dinovmf_plugin.checkpoints import load_backbone
 from dinovmf_plugin.checkpoints.reading import read_file
 from dinovmf_plugin.checkpoints.transfer import export_weights, import_weights
-from dinovmf_plugin.checkpoints.writing import check_free, inside, write_atomically
+from dinovmf_plugin.checkpoints.writing import check_free, inside
 
 
 class Evil:
@@ -162,25 +161,3 @@ def test_a_foreign_config_json_is_never_replaced(tmp_path):
             tmp_path / "absent", tmp_path / "x.safetensors", source="dino", overwrite=True
         )
     assert (tmp_path / "config.json").read_text() == '{"my": "settings"}'
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
-    path = tmp_path / "x.bin"
-    write_atomically(path, b"old")
-
-    def full_disk(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match=r"x\.bin cannot be written: No space left on device"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(OSError, match="cannot be written"):
-        write_atomically(path / "below", b"x")  # a file where a folder should be
-
-
-def test_written_files_follow_the_umask(tmp_path):
-    write_atomically(tmp_path / "x", b"1")
-    Path(tmp_path / "y").touch()
-    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode

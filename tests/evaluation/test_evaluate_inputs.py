@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from dinovmf_plugin.data.loaders import leave_signals_to_the_parent
-from dinovmf_plugin.evaluation.runner import evaluate_one, keep_previous
+from dinovmf_plugin.evaluation.runner import evaluate_one
 from dinovmf_plugin.features.images import image_folder, loader_for
 from dinovmf_plugin.features.network import load_evaluated, untrained_like
 from dinovmf_plugin.report.paper import method_label, paper_rows
+from dinovmf_plugin.runs.files import keep_previous
 
 ROOT = Path(__file__).resolve().parents[2]
 

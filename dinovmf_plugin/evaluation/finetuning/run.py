@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,18 +31,13 @@ from dinovmf_plugin.evaluation.finetuning.trainer import (
 from dinovmf_plugin.evaluation.logistic.datasets import load_transfer_dataset
 from dinovmf_plugin.evaluation.logistic.regression import class_scores
 from dinovmf_plugin.evaluation.page import evaluation_page
-from dinovmf_plugin.evaluation.runner import all_versions, keep_previous
 from dinovmf_plugin.evaluation.settings import PRECISIONS, DataSettings, EvaluationSettings
 from dinovmf_plugin.evaluation.workbench import Images
 from dinovmf_plugin.features.extraction import extract_feature_set
 from dinovmf_plugin.features.images import ImageSet, describe, loader_for, rank_share
 from dinovmf_plugin.features.network import random_name
-from dinovmf_plugin.runs.folder import (
-    file_digest,
-    pick_device,
-    write_atomic,
-    write_json,
-)
+from dinovmf_plugin.runs.environment import pick_device, versions
+from dinovmf_plugin.runs.files import file_digest, keep_previous, write_file, write_json
 from dinovmf_plugin.runs.settings import build
 
 __all__ = ["classification_scores", "finetune"]
@@ -146,13 +141,6 @@ def _resume(path: Path, tuner: FineTuner, sweep: _Sweep) -> tuple[int, list[dict
     return len(state["epochs"]), state["epochs"]
 
 
-def _save(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    torch.save(content, unfinished)
-    os.replace(unfinished, path)
-
-
 def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
     """Fine-tune with one learning rate; the scores of every epoch."""
     settings, run = sweep.settings, sweep.run
@@ -189,10 +177,10 @@ def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
             bar.set_postfix(epoch=f"{epoch + 1}/{settings.epochs}", top1=f"{entry['top1']:.1f}")
             if first:
                 state = {"tuner": tuner.state_dict(), "epochs": epochs, "binding": sweep.binding}
-                _save(folder / "last.pt", state)
+                write_file(folder / "last.pt", partial(torch.save, state))
                 if better:
                     weights = {k: v.contiguous() for k, v in tuner.model.state_dict().items()}
-                    save_file(weights, folder / "best.safetensors")
+                    write_file(folder / "best.safetensors", save(weights))
     best = max(epochs, key=lambda entry: (entry["top1"], -entry["epoch"]))
     return {
         "lr": lr,
@@ -254,7 +242,7 @@ def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
         "transform": describe(sweep.transform, run.data.format),
         "train_images": len(train),
         "val_images": len(val),
-        "versions": all_versions(),
+        "versions": versions(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": str(sweep.device),
     }
@@ -278,6 +266,5 @@ def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
             ours = {"fine-tuned": {FINETUNE.name: results}}
             record = {"subtitle": subtitle, **results}
             page = evaluation_page([FINETUNE], ours, None, FINETUNE.title, record)
-            content = page.html().encode()
-            write_atomic(sweep.output / "finetune.html", lambda handle: handle.write(content))
+            write_file(sweep.output / "finetune.html", page.html())
     return results

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dinovmf_plugin.core.vit import forward_tokens
 from dinovmf_plugin.data.channels import IMAGENET, Statistics
 from dinovmf_plugin.evaluation.retrieval.dataset import Box, read_image
-from dinovmf_plugin.runs.folder import write_atomic
+from dinovmf_plugin.runs.files import write_file
 
 __all__ = [
     "DINO_SCALES",
@@ -113,7 +113,7 @@ def _shard_path(folder: Path, start: int) -> Path:
 def _save_shard(
     path: Path, features: list[NDArray[np.float32]], truncated: list[int], seconds: float
 ) -> None:
-    write_atomic(
+    write_file(
         path,
         lambda file: np.savez(
             file,

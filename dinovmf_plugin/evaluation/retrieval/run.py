@@ -26,14 +26,9 @@ from dinovmf_plugin.evaluation.retrieval.scores import (
     split_difficulty,
 )
 from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
-from dinovmf_plugin.runs.folder import (
-    file_digest,
-    open_run_folder,
-    pick_device,
-    versions,
-    write_atomic,
-    write_json,
-)
+from dinovmf_plugin.runs.environment import pick_device, versions
+from dinovmf_plugin.runs.files import file_digest, write_file, write_json
+from dinovmf_plugin.runs.folder import open_run_folder
 
 __all__ = ["evaluate_retrieval"]
 
@@ -137,8 +132,8 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     write_json(folder / "results.json", results)
     if shown:
         sheet = draw_rankings(data, np.asarray(ranks), shown)
-        write_atomic(folder / "rankings.png", lambda file: sheet.save(file, format="PNG"))
+        write_file(folder / "rankings.png", lambda file: sheet.save(file, format="PNG"))
     architecture = network.shape.name if network.shape is not None else None
     page = retrieval_page(results, network.label, architecture, sheet if shown else None)
-    write_atomic(folder / "report.html", lambda file: file.write(page.encode()))
+    write_file(folder / "report.html", page)
     return results

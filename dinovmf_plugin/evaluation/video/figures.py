@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.evaluation.video.davis import VOID, davis_palette
-from dinovmf_plugin.runs.folder import write_atomic
+from dinovmf_plugin.runs.files import write_file
 
 __all__ = ["contact_sheet", "overlay", "save_animation"]
 
@@ -114,7 +114,7 @@ def save_animation(
         picture.paste(left, (0, 0))
         picture.paste(right, (width + _GAP, 0))
         pictures.append(picture)
-    write_atomic(
+    write_file(
         path,
         lambda file: pictures[0].save(
             file,

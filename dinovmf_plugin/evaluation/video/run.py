@@ -28,13 +28,9 @@ from dinovmf_plugin.evaluation.video.propagation import (
 )
 from dinovmf_plugin.evaluation.video.scores import score_sequence
 from dinovmf_plugin.evaluation.video.settings import VideoSettings
-from dinovmf_plugin.runs.folder import (
-    open_run_folder,
-    pick_device,
-    versions,
-    write_atomic,
-    write_json,
-)
+from dinovmf_plugin.runs.environment import pick_device, versions
+from dinovmf_plugin.runs.files import write_file, write_json
+from dinovmf_plugin.runs.folder import open_run_folder
 
 __all__ = ["evaluate_video_segmentation", "segment_sequence"]
 
@@ -177,7 +173,7 @@ def _draw(folder: Path, sequence: davis.VideoSequence, settings: VideoSettings) 
     ours = [davis.read_annotation(path) for path in _mask_paths(folder, sequence)]
     if want_sheet:
         picture = video_figures.contact_sheet(sequence.frames, truth, ours)
-        write_atomic(sheet, lambda file: picture.save(file, format="PNG"))
+        write_file(sheet, lambda file: picture.save(file, format="PNG"))
     if want_animation:
         video_figures.save_animation(animation, sequence.frames, truth, ours)
 
@@ -243,10 +239,10 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
         "versions": versions(),
     }
     table = object_table(collected["sequences"])
-    write_atomic(folder / "per_sequence.csv", lambda file: file.write(table))
+    write_file(folder / "per_sequence.csv", table)
     write_json(folder / "results.json", results)
     architecture = network.shape.name if network.shape is not None else None
     sheets = {sequence.name: _sheet_path(folder, sequence) for sequence in sequences}
     page = video_page(results, network.label, architecture, sheets)
-    write_atomic(folder / "report.html", lambda file: file.write(page.encode()))
+    write_file(folder / "report.html", page)
     return results

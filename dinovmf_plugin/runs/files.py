@@ -1,0 +1,124 @@
+"""Files that are whole or not there: every result of the project is written here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["file_digest", "keep_previous", "plain", "replacing", "write_file", "write_json"]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A draft beside ``path`` that takes its place when the block ends, and vanishes if it fails.
+
+    Folders are made as needed. The draft is synced to the disk first, and gets the permissions that a
+    new file has here (a draft's own 0600 would hide results from a team).
+
+    Raises:
+        OSError: naming ``path``, if the disk is full or the folder cannot be written; what was there stays.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with replacing(path) as draft:
+        ...     _ = draft.write_text("whole")
+        >>> path.read_text()
+        'whole'
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".draft-", suffix=path.suffix)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    os.close(handle)
+    draft = Path(name)
+    try:
+        yield draft
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(draft, 0o666 & ~umask)
+        os.replace(draft, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
+    """Write a whole file: bytes, text (UTF-8), or what a function writes into the opened file.
+
+    Raises:
+        OSError: see ``replacing``.
+    """
+    with replacing(path) as draft, open(draft, "wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: paths are text, numbers that are not finite are null.
+
+    Example:
+        >>> plain({"mAP": float("nan"), "scales": (1.0, 0.5), "file": Path("a")})
+        {'mAP': None, 'scales': [1.0, 0.5], 'file': 'a'}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write indented JSON; see ``plain`` for what becomes of values that JSON lacks.
+
+    Raises:
+        OSError: see ``replacing``.
+    """
+    write_file(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def keep_previous(path: Path) -> Path | None:
+    """Move an existing file aside (``results.json`` to ``results.1.json`` ...): nothing is overwritten.
+
+    Returns:
+        The new place, or None if there was no such file.
+    """
+    if not path.exists():
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
