@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import sys
 
-TOPICS = ("loss", "data", "feed", "step", "memory", "knn", "transfer")
+TOPICS = ("loss", "data", "feed", "step", "memory", "knn", "mixture", "transfer")
 
 
 def main(argv: list[str] | None = None) -> None:

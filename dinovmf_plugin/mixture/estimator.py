@@ -43,7 +43,7 @@ class VonMisesFisherMixture(DensityMixin, BaseEstimator):
     Rows are directions: they are normalized here, so that features of any backbone can be given as they
     are. Log-densities are with respect to the sphere's surface measure, with the exact normalizer. A row
     of zeros is left out of the fit, with a warning; predictions know nothing of it but the proportions. The
-    data are read in chunks: beside ``X`` a fit needs a few chunks (32 MB each in float32) and the
+    data are read in chunks: beside ``X`` a fit needs a few chunks (8 MB each in float32) and the
     parameters, whatever the number of rows and components.
 
     Source: Banerjee et al., JMLR 6 (2005); concentrations are maximum-likelihood by Newton's method, not
@@ -61,7 +61,7 @@ class VonMisesFisherMixture(DensityMixin, BaseEstimator):
         memory: rows of its own that a component remembers in ``partial_fit``; ``inf`` forgets nothing.
         warm_start: whether ``fit`` starts from the last fit, once, instead of from ``init``.
         random_state: seed or generator of the starts and of ``sample``.
-        chunk_size: rows at once; None: as many as make chunks of 2**23 numbers.
+        chunk_size: rows at once; None: as many as make chunks of 2**21 numbers.
         verbose: whether to show a progress bar.
 
     Attributes:

@@ -116,10 +116,10 @@ def test_n_init__keeps_the_best(data):
     gains = [
         VonMisesFisherMixture(**settings, random_state=seed, n_init=4).fit(data).lower_bound_
         - VonMisesFisherMixture(**settings, random_state=seed).fit(data).lower_bound_
-        for seed in range(4)
+        for seed in range(8)
     ]
     assert min(gains) >= 0
-    assert max(gains) > 1e-3
+    assert max(gains) > 1e-4
 
 
 def test_warm_start__goes_on(data):
