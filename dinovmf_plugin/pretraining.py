@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import host, registry
+from dinovmf_plugin.checkpoints.resumable import check_resumable
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import ResumableLoader
@@ -77,13 +80,67 @@ def build_method(cfg: DictConfig) -> Any:
     if cfg.method not in host.METHODS or cfg.method in ("base", "linear"):
         known = sorted(set(host.METHODS) - {"base", "linear"})
         raise ValueError(f"method={cfg.method!r} is unknown: choose one of {', '.join(known)}")
+    if cfg.backbone.name not in host.BACKBONES:
+        raise ValueError(
+            f"backbone.name={cfg.backbone.name!r} is not in the solo-learn that is installed: choose one of "
+            f"{', '.join(host.BACKBONES)}"
+        )
     try:
         if cfg.method in registry.method_classes():
-            return host.METHODS[cfg.method](cfg)
-        return host.build_host_method(cfg)
-    except TypeError as error:  # a keyword that a network does not have, or of a wrong type
+            model = host.METHODS[cfg.method](cfg)
+        else:
+            model = host.build_host_method(cfg)
+    except (
+        TypeError,
+        AssertionError,
+    ) as error:  # a keyword that a network lacks, a value it refuses
         given = OmegaConf.to_container(cfg.backbone)
         raise ValueError(f"backbone={given} cannot be built: {error}") from error
+    _try_crops(model, cfg)
+    _check_optimizer(model, cfg)
+    return model
+
+
+@torch.no_grad()
+def _try_crops(model: Any, cfg: DictConfig) -> None:
+    """A crop of every size through the network, alone: what it refuses is told before training."""
+    recipe = parse_recipe(cfg.augmentations, dataset=cfg.data.dataset)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # moves no statistics and draws no random number
+    try:
+        for size in sorted({crop.size for crop in recipe}):
+            try:
+                model(torch.zeros(2, 3, size, size))
+            except Exception as error:
+                name, kwargs = cfg.backbone.name, OmegaConf.to_container(cfg.backbone.kwargs)
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(
+                    f"backbone.name={name} with backbone.kwargs={kwargs} does not take crops of {size} x "
+                    f"{size} px in three colours: {reason}"
+                ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _check_optimizer(model: Any, cfg: DictConfig) -> None:
+    """``optimizer.kwargs`` are arguments of the optimiser that ``optimizer.name`` names."""
+    known_names = getattr(model, "_OPTIMIZERS", None)
+    if not isinstance(known_names, Mapping) or cfg.optimizer.name not in known_names:
+        return
+    own = {"self", "params", "lr", "weight_decay"}
+    known = [
+        name
+        for name in inspect.signature(known_names[cfg.optimizer.name]).parameters
+        if name not in own
+    ]
+    for key in cfg.optimizer.get("kwargs") or {}:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(
+                f"optimizer.kwargs.{key} is no argument of optimizer.name={cfg.optimizer.name}: {hint}"
+            )
 
 
 def _logger(cfg: DictConfig) -> Logger:
@@ -117,9 +174,14 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
     )
     try:
         return Trainer(**kwargs)
-    except (MisconfigurationException, TypeError) as error:
-        given = ", ".join(f"{name}={plain[name]!r}" for name in known if name in plain)
-        raise ValueError(f"Lightning's Trainer refuses one of {given}: {error}") from error
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        reason = str(error).strip()
+        given = {name: f"{name}={plain[name]!r}" for name in known if name in plain}
+        words = set(re.findall(r"[\w-]+", reason))  # Lightning names the key, or its value alone
+        meant = [text for name, text in given.items() if {name, str(plain[name])} & words]
+        raise ValueError(
+            f"Lightning's Trainer refuses {', '.join(meant) or 'the recipe'}: {' '.join(reason.split())}"
+        ) from error
 
 
 def _resume_path(cfg: DictConfig) -> tuple[str | None, Path]:
@@ -172,6 +234,8 @@ def _pretrain(cfg: DictConfig, callbacks: Sequence[Callback]) -> Path | None:
     make_folder(folder, cfg)
     seed_everything(cfg.seed, verbose=False)
     model = build_method(cfg)
+    if resume is not None and cfg.resume_from_checkpoint is not None:
+        check_resumable(resume, model)
     if not cfg.performance.disable_channel_last and not cfg.backbone.name.startswith("vit_"):
         model = model.to(memory_format=torch.channels_last)  # convolutions follow their weights
     trainer = build_trainer(cfg, callbacks)

@@ -22,17 +22,24 @@ GENERATION = "main" if importlib.util.find_spec("solo.data") is not None else "r
 
 if GENERATION == "main":
     from dinovmf_plugin.host.main_branch import (
+        BACKBONES,
         BaseMomentumMethod,
         HostCheckpointer,
         build_host_method,
     )
 else:
-    from dinovmf_plugin.host.release import BaseMomentumMethod, HostCheckpointer, build_host_method
+    from dinovmf_plugin.host.release import (
+        BACKBONES,
+        BaseMomentumMethod,
+        HostCheckpointer,
+        build_host_method,
+    )
 
 from solo.methods import METHODS  # noqa: E402
 from solo.utils.metrics import accuracy_at_k, weighted_mean  # noqa: E402
 
 __all__ = [
+    "BACKBONES",
     "GENERATION",
     "METHODS",
     "BaseMomentumMethod",

@@ -14,10 +14,12 @@ from solo.utils.checkpointer import Checkpointer as HostCheckpointer
 from dinovmf_plugin.host.backbones import register_in_main
 from dinovmf_plugin.host.knn import repair_knn
 
-__all__ = ["BaseMomentumMethod", "HostCheckpointer", "build_host_method"]
+__all__ = ["BACKBONES", "BaseMomentumMethod", "HostCheckpointer", "build_host_method"]
 
 repair_knn()
 register_in_main()
+BACKBONES = tuple(sorted(_BaseMomentumMethod._BACKBONES))
+"""Names that ``backbone.name`` may have."""
 
 
 class BaseMomentumMethod(_BaseMomentumMethod):

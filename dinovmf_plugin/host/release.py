@@ -18,10 +18,13 @@ from solo.methods import METHODS
 from solo.methods.base import BaseMomentumMethod as _BaseMomentumMethod
 from torch import Tensor
 
-from dinovmf_plugin.host.backbones import standing_in_release
+from dinovmf_plugin.host.backbones import EXTRA_BACKBONES, standing_in_release
 from dinovmf_plugin.host.knn import check_distance, repair_knn
 
-__all__ = ["BaseMomentumMethod", "HostCheckpointer", "build_host_method"]
+__all__ = ["BACKBONES", "BaseMomentumMethod", "HostCheckpointer", "build_host_method"]
+
+BACKBONES = tuple(sorted({*_BaseMomentumMethod._SUPPORTED_ENCODERS, *EXTRA_BACKBONES}))
+"""Names that ``backbone.name`` may have."""
 
 _DEFAULTS: dict[str, Any] = {
     "backbone": {"kwargs": {}},
