@@ -11,7 +11,8 @@ OUT ?= demo
 # The pair that is tested; the CPU-only wheels of other versions may lack a matching torchvision.
 TORCH := torch==2.14.1 torchvision==0.29.1
 # Pinned by hand: their own pins (torch 1.9, pytorch-lightning) cannot be installed beside today's packages.
-NO_DEPS := solo-learn==1.0.2 lightly==1.6.0 lightly-utils==0.0.2 elpv-dataset==1.0.0.post1 animal-mnist==0.4
+NO_DEPS := solo-learn==1.0.2 lightly==1.6.0 lightly-utils==0.0.2 mvtb-data==1.6.1 elpv-dataset==1.0.0.post1 \
+	animal-mnist==0.4
 
 comma := ,
 space := $(subst ,, )

@@ -19,55 +19,17 @@ SHORT_SIDE = 200
 PATCH = 40
 TRAIN, HELD_OUT = 145, 30  # patches of a photograph
 
-PHOTOGRAPHS: dict[str, list[str]] = {
-    "mvtb-data": [
-        "58060.png",
-        "arucoboard.png",
-        "building2-3.png",
-        "butterfly.jpg",
-        "church.jpg",
-        "eiffel-1.png",
-        "eiffel-2.png",
-        "flowers1.png",
-        "flowers2.png",
-        "flowers3.png",
-        "flowers4.png",
-        "flowers5.png",
-        "flowers6.png",
-        "flowers7.png",
-        "flowers8.png",
-        "flowers9.png",
-        "greenscreen.png",
-        "image3.jpg",
-        "lab-scene.png",
-        "notre-dame.png",
-        "parks.png",
-        "road.png",
-        "rocks2-l.png",
-        "roof.png",
-        "tags.png",
-        "tomato_124.png",
-        "tomato_14.png",
-        "tomato_35.png",
-        "tomato_54.png",
-        "walls-l.png",
-        "yellowtargets.png",
-        "campus/P1070491.png",
-        "campus/P1070494.png",
-        "campus/P1070496.png",
-        "campus/P1070498.png",
-    ],
-    "scikit-image": [
-        "astronaut.png",
-        "chelsea.png",
-        "coffee.png",
-        "hubble_deep_field.jpg",
-        "ihc.png",
-        "motorcycle_left.png",
-        "retina.jpg",
-        "rocket.jpg",
-    ],
-}
+_MVTB = """
+58060.png arucoboard.png building2-3.png butterfly.jpg church.jpg eiffel-1.png eiffel-2.png flowers1.png
+flowers2.png flowers3.png flowers4.png flowers5.png flowers6.png flowers7.png flowers8.png flowers9.png
+greenscreen.png image3.jpg lab-scene.png notre-dame.png parks.png road.png rocks2-l.png roof.png tags.png
+tomato_124.png tomato_14.png tomato_35.png tomato_54.png walls-l.png yellowtargets.png
+campus/P1070491.png campus/P1070494.png campus/P1070496.png campus/P1070498.png
+"""
+_SKIMAGE = """
+astronaut.png chelsea.png coffee.png hubble_deep_field.jpg ihc.png motorcycle_left.png retina.jpg rocket.jpg
+"""
+PHOTOGRAPHS = {"mvtb-data": _MVTB.split(), "scikit-image": _SKIMAGE.split()}
 """Color photographs by the package that brings them; one picture of each stereo pair."""
 
 

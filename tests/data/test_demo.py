@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinovmf_plugin.data import demo
+from dinovmf_plugin.data import demo, photographs
 from dinovmf_plugin.data.folders import list_images
 
 
@@ -123,3 +123,38 @@ def test_elpv(tmp_path: Path) -> None:
     images = list_images(root / "train")
     assert images.classes == ("mono_defective", "mono_good", "poly_defective", "poly_good")
     assert Image.open(images.path(0)).size == (300, 300)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mvtbdata") is None or importlib.util.find_spec("skimage") is None,
+    reason="needs mvtb-data and scikit-image",
+)
+def test_photographs(tmp_path: Path) -> None:
+    root = demo.build(tmp_path / "photos", "photographs", fraction=0.1, progress=False)
+    train, val = list_images(root / "train"), list_images(root / "val")
+    assert train.classes == val.classes
+    assert len(train.classes) == 43
+    assert np.bincount(train.labels).tolist() == [14] * 43
+    assert np.bincount(val.labels).tolist() == [3] * 43
+    patch = Image.open(train.path(0))
+    assert (patch.size, patch.mode, patch.format) == ((40, 40), "RGB", "PNG")
+    with pytest.raises(ValueError, match="val_fraction=0.5 is not for 'photographs'"):
+        demo.build(tmp_path / "other", "photographs", val_fraction=0.5, progress=False)
+
+
+def test_patches__show_the_photograph_and_halves_share_no_pixel(tmp_path: Path) -> None:
+    files = []
+    for number, shape in enumerate([(200, 300), (400, 480)]):
+        column = np.linspace(0, 250, shape[1])[None].repeat(shape[0], 0)
+        pixels = np.stack([column, np.full(shape, 100 * number), 0 * column], -1).astype(np.uint8)
+        files.append(tmp_path / f"photo{number}.png")
+        Image.fromarray(pixels).save(files[-1])
+    labels, names, held_out, load = photographs.read_patches(files)
+    assert len(set(names)) == len(names) == 2 * 175
+    for index in range(0, len(names), 7):
+        patch = np.asarray(load(index))
+        assert patch.shape == (40, 40, 3)
+        assert abs(patch[..., 1].mean() - 100 * (labels[index] == "photo1")) < 2
+        # the red channel tells the column: left half below 125, right half above
+        edge = patch[..., 0].min() if held_out[index] else patch[..., 0].max()
+        assert (edge >= 124) if held_out[index] else (edge <= 126)
