@@ -7,20 +7,26 @@ from typing import Any
 from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dinovmf_plugin.data.channels import channel_statistics
 from dinovmf_plugin.training.checkpointer import Checkpointer
+from dinovmf_plugin.training.crops import CropCheck
 
 __all__ = ["method_callbacks"]
 
 
 def method_callbacks(cfg: DictConfig, settings: Any) -> list[Callback]:
-    """The checkpointer, if ``checkpoint.enabled``, and the monitor, if ``method_kwargs.monitor``."""
+    """The checkpointer, if ``checkpoint.enabled``; crop check and monitor, if ``method_kwargs.monitor``."""
     callbacks: list[Callback] = []
     if OmegaConf.select(cfg, "checkpoint.enabled", default=False):
         callbacks.append(Checkpointer(cfg))
     if settings.monitor:
         from dinovmf_plugin.training.monitor import MixtureMonitor
 
-        history = "monitor.jsonl" if callbacks else None  # in the run's folder
+        in_folder = bool(callbacks)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        mean, std = channel_statistics(plain)
+        callbacks.append(CropCheck(mean, std, cfg.data.num_large_crops, write=in_folder))
+        history = "monitor.jsonl" if in_folder else None  # in the run's folder
         callbacks.append(
             MixtureMonitor(
                 every_n_steps=settings.monitor_every,

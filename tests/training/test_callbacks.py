@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback
 
 from dinovmf_plugin.training.checkpointer import Checkpointer
+from dinovmf_plugin.training.crops import CropCheck
 from dinovmf_plugin.training.monitor import MixtureMonitor
 
 
@@ -31,7 +32,7 @@ def test_configure_callbacks__what_the_config_asks_for(
     callbacks = build(cfg).configure_callbacks()
     kinds = [type(callback) for callback in callbacks]
     # the checkpointer first: it tells the monitor where the run's folder is
-    assert kinds == [Checkpointer] * checkpoint + [MixtureMonitor] * monitor
+    assert kinds == [Checkpointer] * checkpoint + [CropCheck, MixtureMonitor] * monitor
     if checkpoint:
         assert callbacks[0].frequency == 3
     if monitor:
@@ -65,6 +66,8 @@ def test_monitor__writes_beside_the_checkpoint_and_changes_nothing(
             assert [r["step"] for r in records if r["kind"] == "step"] == [2, 4, 6]
             assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [0, 1]
             assert trainer.callback_metrics["monitor/teacher_entropy"].item() > 0
+            assert trainer.callback_metrics["monitor/target_information"].item() >= 0
+        assert (history.parent / "crops.png").exists() is monitor
     for name, value in states[0].items():
         assert torch.equal(states[1][name], value), name
 
