@@ -269,8 +269,7 @@ def build(
                 / pictures.labels[index]
                 / f"{pictures.names[index]}.{pictures.ending}"
             )
-            options = {"quality": 95} if pictures.ending == "jpg" else {}
-            _resized(pictures.load(int(index)), size).save(file, **options)
+            _resized(pictures.load(int(index)), size).save(file, quality=95)  # PNG has no quality
             bar.update()
     bar.close()
     (partial / "about.json").write_text(json.dumps(about, indent=2) + "\n")
