@@ -140,12 +140,15 @@ def sufficient_statistics(chunks: Iterable[Tensor], parameters: Parameters) -> S
     offsets = component_offsets(parameters)
     for x in chunks:
         joint = log_joint(x, parameters, offsets)
-        log_p = joint.logsumexp(dim=1, keepdim=True)
-        # what is below exp(-60) is nothing; as subnormal numbers it would cost most of the time
-        responsibilities = torch.threshold_(joint.sub_(log_p), -60.0, -torch.inf).exp_()
+        peak = joint.max(dim=1, keepdim=True).values
+        # in place, by one exponential; what is below exp(-60) is nothing, and as subnormal numbers it would
+        # cost most of the time
+        responsibilities = torch.threshold_(joint.sub_(peak), -60.0, -torch.inf).exp_()
+        mass = responsibilities.sum(dim=1, keepdim=True)
+        responsibilities.div_(mass)
         counts += responsibilities.sum(dim=0, dtype=torch.float64)
         sums += responsibilities.T @ x
-        total += log_p.sum(dtype=torch.float64)
+        total += (peak + mass.log()).sum(dtype=torch.float64)
         rows += len(x)
         del joint, responsibilities  # before the next chunk is made
     return Statistics(counts, sums, total, rows)

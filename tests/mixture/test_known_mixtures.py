@@ -66,7 +66,8 @@ def test_fit__known_mixture__found_again(dim, num, low, high, rows, dtype):
     noise = np.sqrt(2 / (rows * weights * (dim - 1)))
     assert (np.abs(model.concentrations_[match] / kappa - 1) < np.maximum(0.05, 4 * noise)).all()
     assert np.abs(model.weights_[match] - weights).max() < 0.02
-    rounding = 1e-6 * abs(model.lower_bound_) if dtype == np.float32 else 1e-9
+    # float32 knows kappa <mu, x> of up to 500 to 3e-5, and the mean over rows better
+    rounding = 1e-5 if dtype == np.float32 else 1e-9
     assert np.diff(model.lower_bounds_).min(initial=0) > -rounding
 
 
