@@ -45,7 +45,7 @@ def image_table(scored: Sequence[Scored]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {"set": [], "path": [], "class": []}
     for part in scored:
         columns["set"] += [part.images.name] * len(part.images)
-        columns["path"] += [part.images.folder.path(i) for i in range(len(part.images))]
+        columns["path"] += [part.images.path(i) for i in range(len(part.images))]
         columns["class"] += [part.images.class_of(i) for i in range(len(part.images))]
     fields = {
         "component": "component",
@@ -134,7 +134,7 @@ def component_sheets(
             note += f" · {purity:.0%} {scored.images.classes[int(labels[group].argmax())]}"
         pictures = []
         for i in chosen:
-            path = scored.images.folder.path(i)
+            path = scored.images.path(i)
             cosine, k = float(scored.scores.cosine[i]), int(scored.scores.component[i])
             share = float(scored.scores.responsibility[i])
             title = f"{path}\ncomponent {k}, cosine {cosine:.3f}, responsibility {share:.2f}"
@@ -164,7 +164,7 @@ def ranked_sheet(
     pictures = []
     for index in order:
         part, i = owner[index]
-        path = part.images.folder.path(i)
+        path = part.images.path(i)
         typical = float(part.typicality[i])
         title_text = f"{path}\nlog p(y) {float(likelihood[index]):.2f}, typicality {typical:.3f}"
         caption = part.images.class_of(i) or part.images.name

@@ -11,9 +11,11 @@ import torch
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
-from dinovmf_plugin.analysis.embedding import Embeddings, Images, LoadedModel, assign
+from dinovmf_plugin.features.embedding import Embeddings, assign
+from dinovmf_plugin.features.images import ImageSet
 from dinovmf_plugin.features.knn import vote_ranks
 from dinovmf_plugin.features.neighbors import nearest_neighbours
+from dinovmf_plugin.features.network import Network
 from dinovmf_plugin.mixture.model import (
     ImageScores,
     VMFMixture,
@@ -41,7 +43,7 @@ WEIGHTS = ("model", "uniform", "center")
 
 
 def measure_prototypes(
-    model: LoadedModel,
+    model: Network,
     y: Tensor,
     thresholds: Sequence[float],
     *,
@@ -61,7 +63,7 @@ def measure_prototypes(
     Returns:
         Plain results, and the images that each prototype wins ``(K,)``.
     """
-    prototypes, temperature = model.prototypes, model.settings.teacher_temperature
+    prototypes, temperature = model.prototypes, model.mixture_head[1].teacher_temperature
     directions = prototypes.directions().detach()
     won = assign(prototypes, y, temperature)
     hits = torch.bincount(won, minlength=prototypes.num_prototypes)
@@ -88,7 +90,7 @@ def measure_prototypes(
     return result, hits
 
 
-def make_mixture(model: LoadedModel, weights: str) -> VMFMixture:
+def make_mixture(model: Network, weights: str) -> VMFMixture:
     """The mixture with weights ``model``, ``uniform`` or ``center`` (see ``analysis.mixture``).
 
     Raises:
@@ -96,13 +98,15 @@ def make_mixture(model: LoadedModel, weights: str) -> VMFMixture:
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r} is unknown: choose one of {', '.join(WEIGHTS)}")
-    prototypes, settings = model.prototypes, model.settings
+    prototypes, settings = model.prototypes, model.mixture_head[1]
     log_weights = None
     if weights == "uniform":
         log_weights = torch.zeros(prototypes.num_prototypes)
     elif weights == "center":
         if model.center is None:
-            raise ValueError(f"weights=center, but {model.path} holds no centre: use weights=model")
+            raise ValueError(
+                f"weights=center, but {model.record['checkpoint']} holds no centre: use weights=model"
+            )
         log_weights = center_log_weights(
             model.center,
             centering=settings.centering,
@@ -125,13 +129,13 @@ class Scored:
         typicality: share of training images that are at most as likely.
     """
 
-    images: Images
+    images: ImageSet
     scores: ImageScores
     typicality: Tensor
 
 
 def score_images(
-    mixture: VMFMixture, sets: Sequence[tuple[Images, Tensor]]
+    mixture: VMFMixture, sets: Sequence[tuple[ImageSet, Tensor]]
 ) -> tuple[list[Scored], dict[str, Any]]:
     """Score sets of images; the first is the reference for typicality.
 
@@ -165,7 +169,7 @@ def score_images(
     return scored, summary
 
 
-def _label_agreement(component: Tensor, images: Images) -> dict[str, float]:
+def _label_agreement(component: Tensor, images: ImageSet) -> dict[str, float]:
     if not images.classes:
         return {}
     counts = component_labels(component, images)
@@ -174,7 +178,7 @@ def _label_agreement(component: Tensor, images: Images) -> dict[str, float]:
     return {"purity": largest / len(component), "nmi": float(information)}
 
 
-def component_labels(component: Tensor, images: Images) -> dict[int, Tensor]:
+def component_labels(component: Tensor, images: ImageSet) -> dict[int, Tensor]:
     """Images per class of every component that has an image: ``{component: (classes,)}``."""
     out = {}
     for k in component.unique().tolist():
@@ -207,9 +211,9 @@ def knn_correct(
 
 
 def measure_precision(
-    model: LoadedModel,
-    bank: tuple[Images, Embeddings],
-    queries: tuple[Images, Embeddings] | None,
+    model: Network,
+    bank: tuple[ImageSet, Embeddings],
+    queries: tuple[ImageSet, Embeddings] | None,
     *,
     bins: int,
     k: int,
@@ -239,7 +243,7 @@ def measure_precision(
         temperature=temperature,
         progress=progress,
     )
-    won = assign(model.prototypes, queries[1].y, model.settings.teacher_temperature)
+    won = assign(model.prototypes, queries[1].y, model.mixture_head[1].teacher_temperature)
     assigned, right = norms[won].numpy(), correct.cpu().numpy()
     groups = accuracy_by_percentile(assigned, right, min(bins, len(right)))
     return {

@@ -17,14 +17,6 @@ from tqdm.auto import tqdm
 
 from dinovmf_plugin.analysis import figures
 from dinovmf_plugin.analysis.attention import cls_attention, save_attention
-from dinovmf_plugin.analysis.embedding import (
-    Embeddings,
-    Images,
-    LoadedModel,
-    embed,
-    find_images,
-    load_model,
-)
 from dinovmf_plugin.analysis.gallery import (
     component_sheets,
     component_table,
@@ -43,26 +35,29 @@ from dinovmf_plugin.analysis.tables import save_table
 from dinovmf_plugin.core.vit import last_attention, patch_grid
 from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.features.embedding import Embeddings, embed
+from dinovmf_plugin.features.images import ImageSet, image_folder
+from dinovmf_plugin.features.network import Network, load_network
 from dinovmf_plugin.mixture.model import log_uniform_density
 from dinovmf_plugin.mixture.precision import PercentileBin
 from dinovmf_plugin.mixture.utilization import duplicate_groups
 from dinovmf_plugin.report.page import Sheet, Thumbnail
 from dinovmf_plugin.report.theme import themed
 from dinovmf_plugin.runs.environment import pick_device, versions
-from dinovmf_plugin.runs.files import file_digest, write_file, write_json
+from dinovmf_plugin.runs.files import write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
 
 __all__ = ["AnalysisSettings", "analyze", "format_analysis"]
 
 
-def _transform(settings: AnalysisSettings, model: LoadedModel) -> CenterCrop:
+def _transform(settings: AnalysisSettings, model: Network) -> CenterCrop:
     size = settings.data.crop_size or model.image_size
     resize = settings.data.resize or round(size * 256 / 224)
     return CenterCrop(resize=resize, size=size, interpolation=settings.data.interpolation)
 
 
 def _measure(
-    settings: AnalysisSettings, model: LoadedModel, sets: list[Images]
+    settings: AnalysisSettings, model: Network, sets: list[ImageSet]
 ) -> tuple[dict[str, Any], list[Embeddings], Tensor]:
     """Results of one model, the embeddings of the sets, and the images each prototype wins."""
     transform = _transform(settings, model)
@@ -88,10 +83,10 @@ def _measure(
         reading: {str(threshold): count for threshold, count in sweep.items()}
         for reading, sweep in measured["utilization"].items()
     }
-    own = model.settings
+    own = model.mixture_head[1]
     precision = settings.precision
     result = {
-        "checkpoint": str(model.path),
+        "checkpoint": model.record["checkpoint"],
         "method": own.method,
         "normalization": own.normalization,
         "centering": own.centering,
@@ -112,13 +107,13 @@ def _measure(
             temperature=precision.temperature,
             progress=True,
         ),
-        "load_report": model.report,
+        "load_report": model.record["load_report"],
     }
     return result, found, hits
 
 
 def _charts(
-    result: Mapping[str, Any], model: LoadedModel, hits: Tensor, likelihoods: Mapping[str, Tensor]
+    result: Mapping[str, Any], model: Network, hits: Tensor, likelihoods: Mapping[str, Tensor]
 ) -> dict[str, dict[str, bytes]]:
     models = {result["name"]: result, **result["comparison"]}
     sweeps = {
@@ -130,7 +125,7 @@ def _charts(
         for name, found in models.items()
         if "bins" in found["precision"]
     }
-    kappa = model.prototypes.concentration(model.settings.teacher_temperature)
+    kappa = model.prototypes.concentration(model.mixture_head[1].teacher_temperature)
     draw: dict[str, Callable[[], Figure]] = {
         "utilization": partial(figures.utilization_figure, sweeps),
         "concentration": partial(
@@ -153,18 +148,18 @@ def _charts(
 @torch.no_grad()
 def _attention(
     settings: AnalysisSettings,
-    model: LoadedModel,
-    images: Images,
+    model: Network,
+    images: ImageSet,
     folder: Path,
 ) -> list[Path]:
     """Sheets of evenly spaced images, or of all images of ``attention.path``."""
-    transform = model.normalised(_transform(settings, model))
+    transform = model.normalized(_transform(settings, model))
     count = len(images) if settings.attention.path else min(settings.attention.images, len(images))
     chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.mean, transform.std))
     paths: list[Path] = []
     for index in tqdm(chosen, desc="attention maps", unit="img"):
-        path = Path(images.folder.path(int(index)))
+        path = Path(images.path(int(index)))
         pixels = transform(open_image(path))
         maps = cls_attention(
             last_attention(model.vit, pixels[None].to(model.prototypes.weight_v.device)),
@@ -204,40 +199,43 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
     """
     device = pick_device(settings.device)
     data = settings.data
-    train = find_images(
+    train = image_folder(
         data.train_path,
         "data.train_path",
+        labelled="auto",
         fraction=data.fraction,
         skip_unreadable=data.skip_unreadable,
     )
     sets = [train]
     if data.val_path:
         sets.append(
-            find_images(
+            image_folder(
                 data.val_path,
                 "data.val_path",
                 classes=train.classes,
+                labelled="auto",
                 fraction=data.fraction,
                 skip_unreadable=data.skip_unreadable,
             )
         )
     shown = sets[-1]
     if settings.attention.path:
-        shown = find_images(settings.attention.path, "attention.path")
+        shown = image_folder(settings.attention.path, "attention.path", labelled="auto")
     load = partial(
-        load_model,
+        load_network,
         which=settings.which,
         model_name=settings.model_name,
         num_heads=settings.num_heads,
-        device=device,
+        head=True,
     )
-    model = load(settings.checkpoint)
-    others = {name: load(path) for name, path in settings.others.items()}
-    name = settings.name or model.settings.method
+    model = load(settings.checkpoint).to(device)
+    others = {name: load(path).to(device) for name, path in settings.others.items()}
+    name = settings.name or model.mixture_head[1].method
     if name in others:
         raise ValueError(f"compare has a model of the same name {name!r}: set name to another one")
     mixture = make_mixture(model, settings.weights)
-    digests = {key: file_digest(path) for key, path in _files(settings).items()}
+    loaded = {"checkpoint": model, **others}
+    digests = {key: network.record["sha256"] for key, network in loaded.items()}
     # Only now: what cannot be analysed must not bind the folder to itself.
     folder = open_run_folder(settings.output_dir, {**settings.identity(), "sha256": digests})
 
@@ -290,13 +288,6 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         write_file(folder / file, text.encode("utf-8", "replace"))
     write_json(folder / "analysis.json", result)
     return result
-
-
-def _files(settings: AnalysisSettings) -> dict[str, Path]:
-    from dinovmf_plugin.checkpoints.reading import resolve_file
-
-    named = {"checkpoint": settings.checkpoint, **settings.others}
-    return {key: resolve_file(path) for key, path in named.items()}
 
 
 def format_analysis(result: Mapping[str, Any]) -> str:

@@ -33,6 +33,7 @@ class StoredWeights:
         head: tensors of the projection head (``mlp.*``, ``last_layer.*``, ``last_layer2.*``).
         config: settings stored with the weights (resolved config, ``args``, or ``config.json``).
         mask_token: what iBOT's student puts in the place of masked patches, ``(1, 1, D)``.
+        center: the teacher's stored centre for CLS, ``(K,)`` float32, where the file has one.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class StoredWeights:
     head: dict[str, Tensor] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     mask_token: Tensor | None = None
+    center: Tensor | None = None
 
     @property
     def position_resampling(self) -> PositionResampling:
@@ -70,6 +72,11 @@ def _below(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
         if found:
             return found
     return {}
+
+
+def _center(section: Any, key: str) -> Tensor | None:
+    value = section.get(key) if isinstance(section, Mapping) else None
+    return value.float().reshape(-1) if isinstance(value, Tensor) else None
 
 
 def _backbone_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -152,7 +159,8 @@ def _lightning(path: Path, content: dict[str, Any], which: Which) -> StoredWeigh
     source: Source = "dinovmf_plugin" if isinstance(own, dict) else "solo"
     mask_token = None if teacher else tensors.get("mask_token")
     names = _backbone_names(backbone)
-    return StoredWeights(path, source, which, names, head, config, mask_token)
+    center = _center(tensors, "centering.center")
+    return StoredWeights(path, source, which, names, head, config, mask_token, center)
 
 
 def _instead(tensors: Mapping[str, Tensor], teacher: bool) -> str:
@@ -188,6 +196,7 @@ def _student_teacher(path: Path, content: dict[str, Any], which: Which) -> Store
         _head_names(_below(tensors, "head.")),
         dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
         None if masked is None else masked.reshape(1, 1, -1),
+        _center(content.get("ibot_loss" if ibot else "dino_loss"), "center"),
     )
 
 

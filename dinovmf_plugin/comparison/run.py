@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import registry
+from dinovmf_plugin.analysis.measurements import measure_prototypes
 from dinovmf_plugin.comparison.devices import lease_gpu
 from dinovmf_plugin.comparison.launch import train
 from dinovmf_plugin.comparison.outcome import outcome_of
@@ -21,6 +22,9 @@ from dinovmf_plugin.comparison.settings import RunSettings
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.evaluation.runner import evaluate
 from dinovmf_plugin.features.checks import NonFiniteFeaturesError
+from dinovmf_plugin.features.embedding import embed
+from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.network import Network, load_network
 from dinovmf_plugin.runs.environment import machine, pick_device, versions
 from dinovmf_plugin.runs.files import keep_previous, write_json
 from dinovmf_plugin.training.checkpointer import choose_folder, find_checkpoint, run_identity
@@ -65,19 +69,18 @@ def _identity(recipe: DictConfig, settings: RunSettings) -> str:
 
 
 def _prototypes(
-    checkpoint: str, recipe: DictConfig, settings: RunSettings, crop: CenterCrop, device: str
+    network: Network, recipe: DictConfig, settings: RunSettings, crop: CenterCrop, device: str
 ) -> dict[str, Any] | None:
     """Utilisation, void set, usage and concentrations of the plugin's methods; None for others."""
-    if recipe.method not in registry.method_classes():
+    if network.head is None:
         return None
-    from dinovmf_plugin.analysis.embedding import embed, find_images, load_model
-    from dinovmf_plugin.analysis.measurements import measure_prototypes
-
-    model = load_model(checkpoint, device=pick_device(device))
-    images = find_images(recipe.data.train_path, "data.train_path", fraction=recipe.data.fraction)
+    network.to(pick_device(device))
+    images = image_folder(
+        recipe.data.train_path, "data.train_path", labelled="auto", fraction=recipe.data.fraction
+    )
     options = settings.comparison.evaluation.get("data") or {}
     found = embed(
-        model,
+        network,
         images,
         crop,
         batch_size=options.get("batch_size", 64),
@@ -85,7 +88,7 @@ def _prototypes(
         progress=bool(settings.comparison.evaluation.get("progress", True)),
     )
     thresholds = settings.comparison.thresholds
-    return measure_prototypes(model, found.y, thresholds, components=False)[0]
+    return measure_prototypes(network, found.y, thresholds, components=False)[0]
 
 
 def _evaluate(
@@ -96,15 +99,18 @@ def _evaluate(
     data = {key: recipe.data[key] for key in ("train_path", "val_path")}
     config = shared.evaluation_config(checkpoint, str(folder), size, data)
     config["progress"] = bool(shared.evaluation.get("progress", True))
-    found = evaluate(config, file="evaluation")
+    ours = recipe.method in registry.method_classes()
+    network = load_network(checkpoint, head=ours)
+    found = evaluate(config, file="evaluation", network=network)
     baselines: dict[str, Any] = {}
     if shared.baselines:
         config["baselines"] = list(shared.baselines)
         # the features of the trained network are in the cache: only the baselines cost anything
-        baselines = evaluate(config, ["knn"], "baselines")["baselines"]
+        found_with = evaluate(config, ["knn"], "baselines", network=network)
+        baselines = found_with["baselines"]
     knn = config["knn"]
     crop = CenterCrop(knn["resize"], knn["crop_size"], knn.get("interpolation", "bicubic"))
-    prototypes = _prototypes(checkpoint, recipe, settings, crop, config.get("device", "auto"))
+    prototypes = _prototypes(network, recipe, settings, crop, config.get("device", "auto"))
     if not shared.keep_features:
         shutil.rmtree(config["cache_dir"], ignore_errors=True)
     return {

@@ -19,7 +19,7 @@ from dinovmf_plugin.evaluation.protocols import PROTOCOLS, evaluation_settings
 from dinovmf_plugin.evaluation.settings import EvaluationSettings
 from dinovmf_plugin.evaluation.workbench import Images, Run, Workbench
 from dinovmf_plugin.features.extraction import resolve_feature
-from dinovmf_plugin.features.network import EvaluatedBackbone, load_evaluated, untrained_like
+from dinovmf_plugin.features.network import Network, load_network, untrained_like
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import keep_previous, write_file, write_json
 
@@ -28,8 +28,8 @@ __all__ = ["evaluate", "evaluate_one"]
 Results = Mapping[str, Any]
 
 
-def _networks(settings: EvaluationSettings) -> list[EvaluatedBackbone]:
-    main = load_evaluated(
+def _networks(settings: EvaluationSettings, main: Network | None) -> list[Network]:
+    main = main or load_network(
         settings.checkpoint,
         which=settings.which,
         model_name=settings.model_name,
@@ -38,7 +38,7 @@ def _networks(settings: EvaluationSettings) -> list[EvaluatedBackbone]:
     )
     baselines = {
         "untrained": lambda: untrained_like(main, settings.seed),
-        "pixels": lambda: load_evaluated("pixels"),
+        "pixels": lambda: load_network("pixels"),
     }
     networks = [main, *(baselines[name]() for name in settings.baselines)]
     labels = [network.label for network in networks]
@@ -51,7 +51,7 @@ def _networks(settings: EvaluationSettings) -> list[EvaluatedBackbone]:
 
 
 def _evaluate_network(
-    network: EvaluatedBackbone,
+    network: Network,
     runs: Mapping[str, Run],
     settings: EvaluationSettings,
     images: Images,
@@ -79,6 +79,7 @@ def evaluate(
     evaluations: Sequence[str] | None = None,
     file: str = "results",
     layout: Callable[[Results, Results], dict[str, Any]] = _side_by_side,
+    network: Network | None = None,
 ) -> dict[str, Any]:
     """Run the chosen evaluations of one network, and of baselines beside it.
 
@@ -91,6 +92,7 @@ def evaluate(
         evaluations: by default ``config["evaluations"]``.
         file: stem of the written files.
         layout: makes the content of the JSON file of the results and the record of the run.
+        network: what ``checkpoint`` names, where it is loaded already.
 
     Returns:
         One key per evaluation, ``baselines`` (the same per baseline), ``checkpoint``, ``settings``,
@@ -105,7 +107,7 @@ def evaluate(
     settings = evaluation_settings(config, evaluations)
     device = pick_device(settings.device)
     # from cheap to dear: the file, the features' names, the listings of images; only then the passes
-    networks = _networks(settings)
+    networks = _networks(settings, network)
     main = networks[0]
     for name in settings.evaluations:
         for feature in settings.sections[name].wanted:
@@ -120,7 +122,7 @@ def evaluate(
     output = Path(str(settings.output_dir))
     results: dict[str, Any] = {}
     record: dict[str, Any] = {
-        "baselines": {network.label: {} for network in networks[1:]},
+        "baselines": {baseline.label: {} for baseline in networks[1:]},
         "checkpoint": main.record,
         "settings": {key: value for key, value in config.items() if key != "hydra"},
         "versions": versions(),
@@ -138,12 +140,12 @@ def evaluate(
                 if aside is not None:
                     print(f"kept the previous {file}{suffix} as {aside.name}")
         by_network: dict[str, dict[str, Any]] = {}
-        for network in networks:
-            found = by_network.setdefault(network.label, {})
-            pairs = _evaluate_network(network, runs, settings, images, processes, device)
+        for one in networks:
+            found = by_network.setdefault(one.label, {})
+            pairs = _evaluate_network(one, runs, settings, images, processes, device)
             for name, result in pairs:
                 found[name] = result
-                (results if network is main else record["baselines"][network.label])[name] = result
+                (results if one is main else record["baselines"][one.label])[name] = result
                 record["seconds"] = round(time.monotonic() - started, 2)
                 if first:
                     write_json(output / f"{file}.json", layout(results, record))

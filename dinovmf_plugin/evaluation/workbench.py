@@ -24,7 +24,7 @@ from dinovmf_plugin.features.images import (
     loader_for,
     rank_share,
 )
-from dinovmf_plugin.features.network import EvaluatedBackbone
+from dinovmf_plugin.features.network import Network
 
 __all__ = ["Images", "Run", "Workbench", "solve_alone"]
 
@@ -68,7 +68,7 @@ class Workbench:
         processes: this process among its siblings.
     """
 
-    backbone: EvaluatedBackbone
+    backbone: Network
     settings: EvaluationSettings
     images: Images
     device: torch.device

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 from dinovmf_plugin.data.channels import IMAGENET
 from dinovmf_plugin.data.decoding import to_rgb
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
-from dinovmf_plugin.data.folders import ImageFolder, list_images, relabel
+from dinovmf_plugin.data.folders import ImageFolder, list_images, relabel, take_fraction
 from dinovmf_plugin.data.loaders import FolderSource, ImageSource
 from dinovmf_plugin.data.unreadable import find_unreadable, refuse_or_drop
 
@@ -81,6 +83,24 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def describe_image(self, index: int) -> str:
+        """The file of an image, or its number where it is none, for messages."""
+        return self.folder.path(index) if self.folder else f"image {index} of {self.name}"
+
+    def path(self, index: int) -> str:
+        """The file of an image.
+
+        Raises:
+            ValueError: if the images are no files of a folder.
+        """
+        if self.folder is None:
+            raise ValueError(f"{self.name}: the images are no files of a folder")
+        return self.folder.path(index)
+
+    def class_of(self, index: int) -> str:
+        """Class name of an image, empty without labels."""
+        return self.classes[int(self.labels[index])] if self.classes else ""
+
     def subset(self, indices: Sequence[int], name: str | None = None) -> ImageSet:
         """The images at ``indices``, in that order."""
         chosen = [int(i) for i in indices]
@@ -93,18 +113,22 @@ class ImageSet:
 
 
 def image_folder(
-    path: str | None,
+    path: str | Path | None,
     key: str,
     *,
     classes: Sequence[str] = (),
+    labelled: bool | Literal["auto"] = True,
+    fraction: float | None = None,
     check_images: str = "fast",
     skip_unreadable: bool = False,
 ) -> ImageSet:
-    """List a folder with one sub-folder of images per class.
+    """List a folder of images, by default with one sub-folder per class.
 
     Args:
         path: the folder.
         key: config key for messages, such as ``data.train_path``.
+        labelled: whether sub-folders are classes; ``auto``: if there are any. Without, labels are -1.
+        fraction: share of the images to take, the same of every class; None or -1 for all.
         classes: class names that define the labels, those of the training set; by default the
             folder's own. The folder may lack some of them.
         check_images: ``fast``, ``full`` or ``none``, see ``data.unreadable.find_unreadable``.
@@ -117,15 +141,24 @@ def image_folder(
     """
     if not path:
         raise ValueError(f"{key}={path!r} must be set to a folder with one sub-folder per class")
-    folder = list_images(path, key=key)
-    if classes:
+    if labelled == "auto":
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"{key}={path!r} is not a folder")
+        entries = Path(path).iterdir()
+        labelled = any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+    folder = list_images(path, labelled=labelled, key=key)
+    if classes and folder.classes:
         folder = relabel(folder, classes, key=key)
+    if fraction is not None:
+        folder = folder.subset(take_fraction(folder.labels, fraction))
     paths = [folder.path(i) for i in range(len(folder))]
     unreadable = find_unreadable(paths, check=check_images)
     try:
         folder = refuse_or_drop(folder, unreadable, skip=skip_unreadable, key=key)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
+    if unreadable:
+        warnings.warn(f"{key}: {len(unreadable)} unreadable images are left out", stacklevel=2)
     digest = hashlib.sha256()
     for i, (name, label) in enumerate(zip(folder.names, folder.labels, strict=True)):
         size = os.path.getsize(folder.path(i))

@@ -1,31 +1,37 @@
-"""The frozen network under evaluation: a checkpoint, or a baseline without training."""
+"""One frozen network, read once: backbone, head, centre, digest and the statistics of its images."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from dinovmf_plugin.checkpoints.architecture import ViTShape
-from dinovmf_plugin.checkpoints.layouts import Which, read_weights
+from dinovmf_plugin.checkpoints.heads import HeadSettings, head_from, with_head
+from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
 from dinovmf_plugin.checkpoints.loading import backbone_from
 from dinovmf_plugin.checkpoints.reading import resolve_file
+from dinovmf_plugin.core.heads import DINOHead
+from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.core.vit import is_vit
 from dinovmf_plugin.data.channels import IMAGENET, Statistics, channel_statistics
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.extraction import PixelFeatures
 from dinovmf_plugin.report.paper import method_label
 from dinovmf_plugin.runs.files import file_digest
 
-__all__ = ["EvaluatedBackbone", "load_evaluated", "random_name", "untrained_like"]
+__all__ = ["Network", "load_network", "random_name", "untrained_like"]
 
 _PIXEL_SIZE = 32
 
 
 @dataclass(frozen=True)
-class EvaluatedBackbone:
+class Network:
     """A network and where it came from.
 
     Attributes:
@@ -35,6 +41,9 @@ class EvaluatedBackbone:
         record: what the results say about it: path, sha256, network, architecture, load report.
         shape: the ViT's shape, None for pixels.
         statistics: what its images are normalised by.
+        head: projection head in eval mode, if it was asked for; ``head.last_layer`` holds the prototypes.
+        head_settings: temperatures and switches of the head.
+        center: the stored centre ``(K,)``, None if the file has none that fits the prototypes.
     """
 
     model: nn.Module
@@ -43,6 +52,55 @@ class EvaluatedBackbone:
     record: dict[str, Any]
     shape: ViTShape | None = None
     statistics: Statistics = IMAGENET
+    head: DINOHead | None = None
+    head_settings: HeadSettings | None = None
+    center: Tensor | None = None
+
+    @property
+    def vit(self) -> Any:
+        """The backbone as a Vision Transformer, for what needs tokens.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        if not is_vit(self.model):
+            raise ValueError(
+                f"checkpoint={self.record['checkpoint']} has no patch tokens: a Vision Transformer is "
+                "needed here"
+            )
+        return self.model
+
+    @property
+    def mixture_head(self) -> tuple[DINOHead, HeadSettings]:
+        """The head and its settings, for what needs prototypes.
+
+        Raises:
+            ValueError: if the network was loaded without.
+        """
+        if self.head is None or self.head_settings is None:
+            raise ValueError(f"checkpoint={self.record['checkpoint']} was loaded without its head")
+        return self.head, self.head_settings
+
+    @property
+    def prototypes(self) -> Prototypes:
+        """The prototype layer of the head."""
+        return self.mixture_head[0].last_layer
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the position embeddings were made for, in pixels."""
+        return int(self.vit.patch_embed.img_size[0])
+
+    def to(self, device: torch.device | str) -> Network:
+        """The same network, its modules moved to ``device``."""
+        self.model.to(device)
+        if self.head is not None:
+            self.head.to(device)
+        return self
+
+    def normalized(self, transform: CenterCrop) -> CenterCrop:
+        """The transform with the channel statistics that the network was trained with."""
+        return replace(transform, **self.statistics._asdict())
 
 
 def _random_vit(build: Any, seed: int) -> nn.Module:
@@ -52,24 +110,24 @@ def _random_vit(build: Any, seed: int) -> nn.Module:
     return model.eval()
 
 
-def untrained_like(backbone: EvaluatedBackbone, seed: int = 0) -> EvaluatedBackbone:
+def untrained_like(network: Network, seed: int = 0) -> Network:
     """The same architecture with random weights, for the same pixels: what the images alone give.
 
     Raises:
-        ValueError: if ``backbone`` is no ViT.
+        ValueError: if ``network`` is no ViT.
     """
-    shape = backbone.shape
+    shape = network.shape
     if shape is None:
-        raise ValueError(f"{backbone.label} is no Vision Transformer: it has no untrained twin")
+        raise ValueError(f"{network.label} is no Vision Transformer: it has no untrained twin")
     identity = f"untrained {shape} seed {seed}"
     model = _random_vit(lambda: VisionTransformer(num_classes=0, **shape.model_args), seed)
     record = {"checkpoint": identity}
-    return EvaluatedBackbone(model, "untrained", identity, record, shape, backbone.statistics)
+    return Network(model, "untrained", identity, record, shape, network.statistics)
 
 
-def _pixels(size: int) -> EvaluatedBackbone:
+def _pixels(size: int) -> Network:
     identity = f"pixels {size}x{size}"
-    return EvaluatedBackbone(PixelFeatures(size), "pixels", identity, {"checkpoint": identity})
+    return Network(PixelFeatures(size), "pixels", identity, {"checkpoint": identity})
 
 
 def random_name(checkpoint: str) -> str:
@@ -91,20 +149,21 @@ def random_name(checkpoint: str) -> str:
     return name
 
 
-def _random_by_name(name: str, seed: int) -> EvaluatedBackbone:
+def _random_by_name(name: str, seed: int) -> Network:
     model = _random_vit(lambda: timm.create_model(name, num_classes=0), seed)
     identity = f"untrained {name} seed {seed}"
-    return EvaluatedBackbone(model, "untrained", identity, {"checkpoint": identity})
+    return Network(model, "untrained", identity, {"checkpoint": identity})
 
 
-def load_evaluated(
-    checkpoint: str | None,
+def load_network(
+    checkpoint: str | Path | None,
     *,
     which: Which = "teacher",
     model_name: str | None = None,
     num_heads: int | None = None,
     seed: int = 0,
-) -> EvaluatedBackbone:
+    head: bool = False,
+) -> Network:
     """The network that ``checkpoint`` names.
 
     Args:
@@ -114,21 +173,27 @@ def load_evaluated(
         model_name: see ``load_backbone``.
         num_heads: see ``load_backbone``.
         seed: of the random weights.
+        head: whether to load the projection head and the centre too, which a file must have then.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file or a name cannot be used.
+        ValueError: if the file or a name cannot be used, or has no head where one is needed.
 
     Example:
-        >>> load_evaluated("pixels").identity
+        >>> load_network("pixels").identity
         'pixels 32x32'
     """
     if not checkpoint:
         raise ValueError(
             f"checkpoint={checkpoint!r} must be set: a weight file, random:TIMM_NAME or pixels"
         )
+    checkpoint = str(checkpoint)
     if which not in ("teacher", "student"):
         raise ValueError(f"which={which!r} must be teacher or student")
+    if head and (checkpoint == "pixels" or checkpoint.startswith("random:")):
+        raise ValueError(
+            f"checkpoint={checkpoint} has no prototypes: name a checkpoint with a head"
+        )
     if checkpoint == "pixels":
         return _pixels(_PIXEL_SIZE)
     if checkpoint.startswith("random:"):
@@ -146,7 +211,7 @@ def load_evaluated(
         "load_report": str(report),
     }
     identity = f"sha256 {digest} {report.which} {shape}"
-    return EvaluatedBackbone(
+    network = Network(
         model,
         method_label(stored.config, stored.source),
         identity,
@@ -154,3 +219,17 @@ def load_evaluated(
         shape,
         channel_statistics(stored.config),
     )
+    return _with_head(network, stored) if head else network
+
+
+def _with_head(network: Network, stored: StoredWeights) -> Network:
+    head, settings = head_from(with_head(stored))
+    width = next(head.mlp.parameters()).shape[1]
+    if width != network.vit.embed_dim:
+        raise ValueError(
+            f"{stored.path}: the head takes {width} features, the backbone gives {network.vit.embed_dim}"
+        )
+    center = stored.center
+    if center is not None and len(center) != head.last_layer.num_prototypes:
+        center = None
+    return replace(network, head=head, head_settings=settings, center=center)

@@ -13,12 +13,14 @@ import torch
 from hydra import compose, initialize_config_module
 from sklearn.neighbors import KNeighborsClassifier
 
-from dinovmf_plugin.analysis.embedding import Images, assign, embed, find_images, load_model
 from dinovmf_plugin.analysis.gallery import component_sheets
 from dinovmf_plugin.analysis.measurements import knn_correct, make_mixture, score_images
 from dinovmf_plugin.analysis.run import AnalysisSettings, analyze, format_analysis
 from dinovmf_plugin.analysis.tables import save_table
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.features.embedding import assign, embed
+from dinovmf_plugin.features.images import ImageSet, image_folder
+from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.mixture.model import VMFMixture, prototype_mixture
 from dinovmf_plugin.mixture.utilization import utilization
 from dinovmf_plugin.runs.settings import read
@@ -87,8 +89,8 @@ def test_json__holds_what_the_parts_compute(analysed, plugin_checkpoint, image_f
     _, result, folder = analysed
     stored = json.loads((folder / "analysis.json").read_text())
     assert stored.keys() == result.keys()
-    model = load_model(plugin_checkpoint)
-    images = find_images(image_folders / "train", "data.train_path")
+    model = load_network(plugin_checkpoint, head=True)
+    images = image_folder(image_folders / "train", "data.train_path", labelled="auto")
     y = embed(model, images, CROP, num_workers=0, progress=False).y
     model.head.requires_grad_(False)
     sweep = utilization(model.prototypes.directions(), [0.5, 0.9])
@@ -161,7 +163,7 @@ def test_pages__are_complete_and_self_contained(analysed):
 
 
 def test_sheets__join_the_copies_of_a_component(image_folders):
-    images = find_images(image_folders / "train", "data.train_path")
+    images = image_folder(image_folders / "train", "data.train_path", labelled="auto")
     mixture = VMFMixture(torch.eye(3)[[0, 1, 0, 2]], torch.full((4,), 50.0), torch.zeros(4))
     y = torch.eye(3)[[0] * 3 + [1] * 4 + [0] * 5] + 0.01 * torch.arange(12.0)[:, None]
     scored, _ = score_images(mixture, [(images, y)])
@@ -172,7 +174,7 @@ def test_sheets__join_the_copies_of_a_component(image_folders):
     assert [len(first.pictures), len(second.pictures)] == [5, 4]
     # the closest to the mean direction first: the noise grows with the index
     assert [p.title.split("\n")[0] for p in first.pictures][:3] == [
-        images.folder.path(i) for i in (0, 1, 2)
+        images.path(i) for i in (0, 1, 2)
     ]
 
 
@@ -210,7 +212,7 @@ def test_official_checkpoint__and_a_plain_folder(tmp_path, official_checkpoint, 
 
 
 def test_assign__is_the_arg_max_of_the_model(plugin_checkpoint):
-    model = load_model(plugin_checkpoint)
+    model = load_network(plugin_checkpoint, head=True)
     y = torch.nn.functional.normalize(torch.randn(600, 8), dim=-1)
     best = model.prototypes(y, 0.05).topk(2, dim=-1)
     expected = best.indices[:, 0]
@@ -236,28 +238,28 @@ def test_knn_correct__equals_sklearn():
 
 
 def test_validation_classes__follow_the_training_set(image_folders, tmp_path):
-    train = find_images(image_folders / "train", "data.train_path")
+    train = image_folder(image_folders / "train", "data.train_path", labelled="auto")
     assert train.classes == ("blue", "red")
     (tmp_path / "val" / "red").mkdir(parents=True)
     source = image_folders / "val" / "red" / "0.png"
     (tmp_path / "val" / "red" / "x.png").write_bytes(source.read_bytes())
-    val = find_images(tmp_path / "val", "data.val_path", classes=train.classes)
-    assert isinstance(val, Images)
+    val = image_folder(tmp_path / "val", "data.val_path", classes=train.classes, labelled="auto")
+    assert isinstance(val, ImageSet)
     assert (val.name, val.labels.tolist(), val.class_of(0)) == ("val", [1], "red")
     with pytest.raises(ValueError, match="'red'"):
-        find_images(tmp_path / "val", "data.val_path", classes=("blue", "green"))
+        image_folder(tmp_path / "val", "data.val_path", classes=("blue", "green"), labelled="auto")
 
 
 def test_unreadable_images__are_named_or_left_out(image_folders, tmp_path):
     (tmp_path / "good.png").write_bytes((image_folders / "val" / "red" / "0.png").read_bytes())
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=re.escape("bad.jpg")):
-        find_images(tmp_path, "data.train_path")
+        image_folder(tmp_path, "data.train_path", labelled="auto")
     with pytest.warns(UserWarning, match="1 unreadable"):
-        kept = find_images(tmp_path, "data.train_path", skip_unreadable=True)
-    assert kept.folder.path(0).endswith("good.png")
+        kept = image_folder(tmp_path, "data.train_path", skip_unreadable=True, labelled="auto")
+    assert kept.path(0).endswith("good.png")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        find_images(tmp_path / "nowhere", "data.train_path")
+        image_folder(tmp_path / "nowhere", "data.train_path", labelled="auto")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dinovmf_plugin.analysis.embedding import embed, find_images, load_model
 from dinovmf_plugin.analysis.measurements import make_mixture
 from dinovmf_plugin.analysis.run import AnalysisSettings, analyze
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.features.embedding import embed
+from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.mixture.model import prototype_mixture
 from dinovmf_plugin.runs.settings import read
 
@@ -30,7 +32,7 @@ def _changed(plugin_checkpoint, folder, **changes):
 
 def test_weights_center__of_a_centre_of_raw_scores(plugin_checkpoint, tmp_path):
     kwargs = {"centering": "logit", "center_raw_scores": True}
-    model = load_model(_changed(plugin_checkpoint, tmp_path, method_kwargs=kwargs))
+    model = load_network(_changed(plugin_checkpoint, tmp_path, method_kwargs=kwargs), head=True)
     center = make_mixture(model, "center").log_weights
     torch.testing.assert_close(center, (torch.linspace(-5, 0, 24).double() / 0.05).log_softmax(0))
 
@@ -50,7 +52,7 @@ def test_images__are_normalised_as_in_training(plugin_checkpoint, image_folders,
     assert (result["mean"], result["std"]) == cifar
     assert result["comparison"]["ImageNet"]["mean"] == (0.485, 0.456, 0.406)
     # against the same network on pixels that were normalised by hand
-    model = load_model(path)
+    model = load_network(path, head=True)
     pixels = torch.stack(
         [
             CenterCrop(18, 16, "bicubic", *cifar)(Image.open(file).convert("RGB"))
@@ -68,8 +70,8 @@ def test_images__are_normalised_as_in_training(plugin_checkpoint, image_folders,
 def test_an_embedding_that_is_not_finite__is_named_without_a_bar_too(
     plugin_checkpoint, image_folders, monkeypatch
 ):
-    model = load_model(plugin_checkpoint)
-    images = find_images(image_folders / "train", "data.train_path")
+    model = load_network(plugin_checkpoint, head=True)
+    images = image_folder(image_folders / "train", "data.train_path", labelled="auto")
     calls, real = [], model.head.forward
 
     def broken(cls):
@@ -78,6 +80,6 @@ def test_an_embedding_that_is_not_finite__is_named_without_a_bar_too(
         return y.index_fill(0, torch.tensor([1]), torch.nan) if len(calls) == 2 else y
 
     monkeypatch.setattr(model.head, "forward", broken)
-    name = re.escape(images.folder.path(5))
+    name = re.escape(images.path(5))
     with pytest.raises(ValueError, match=f"the embedding of {name} is NaN"):
         embed(model, images, CROP, batch_size=4, num_workers=0, progress=False)

@@ -14,7 +14,7 @@ import torch
 from dinovmf_plugin.data.loaders import leave_signals_to_the_parent
 from dinovmf_plugin.evaluation.runner import evaluate_one
 from dinovmf_plugin.features.images import image_folder, loader_for
-from dinovmf_plugin.features.network import load_evaluated, untrained_like
+from dinovmf_plugin.features.network import load_network, untrained_like
 from dinovmf_plugin.report.paper import method_label, paper_rows
 from dinovmf_plugin.runs.files import keep_previous
 
@@ -159,7 +159,7 @@ def test_method_names():
 
 
 def test_the_untrained_twin_has_the_shape_but_not_the_weights(vit_file):
-    trained = load_evaluated(str(vit_file))
+    trained = load_network(str(vit_file))
     twin = untrained_like(trained, seed=1)
     own, other = trained.model.state_dict(), twin.model.state_dict()
     assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in other.items()}
@@ -168,7 +168,7 @@ def test_the_untrained_twin_has_the_shape_but_not_the_weights(vit_file):
     assert all(torch.equal(other[name], again[name]) for name in other)
     assert len({trained.identity, twin.identity, untrained_like(trained, 2).identity}) == 3
     with pytest.raises(ValueError, match="no untrained twin"):
-        untrained_like(load_evaluated("pixels"))
+        untrained_like(load_network("pixels"))
 
 
 def test_the_papers_numbers_are_consistent():

@@ -7,10 +7,11 @@ import timm
 import torch
 from timm.models import VisionTransformer
 
+from dinovmf_plugin.checkpoints.layouts import read_weights
 from dinovmf_plugin.evaluation.finetuning.trainer import build_classifier
 from dinovmf_plugin.evaluation.runner import evaluate_one
 from dinovmf_plugin.features.cache import load_feature_file
-from dinovmf_plugin.features.network import load_evaluated
+from dinovmf_plugin.features.network import load_network
 
 LAYOUTS = {
     # key of the network, prefix of its tensors
@@ -58,13 +59,13 @@ def test_both_networks_of_every_layout(stored, which):
     layout, nets, path = stored
     images = torch.randn(2, 3, 24, 24)
     other = "student" if which == "teacher" else "teacher"
-    found = load_evaluated(str(path), which=which)
+    found = load_network(str(path), which=which)
     torch.testing.assert_close(found.model(images), nets[which](images))
     assert found.label == {"plugin": "DINO-vMF", "dino": "DINO", "msn": "MSN"}[layout]
     assert found.record["which"] == which
-    assert found.identity != load_evaluated(str(path), which=other).identity
+    assert found.identity != load_network(str(path), which=other).identity
     classifier = build_classifier(
-        str(path), 3, img_size=24, drop_path=0.0, init_scale=1.0, which=which
+        read_weights(path, which), 3, img_size=24, drop_path=0.0, init_scale=1.0
     ).eval()
     expected = classifier.head(nets[which](images))
     torch.testing.assert_close(classifier(images), expected)
@@ -100,7 +101,7 @@ def test_a_timm_name_with_a_local_file(tmp_path):
     torch.save(supervised.state_dict(), path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the classifier is reported as unexpected
-        found = load_evaluated(str(path), model_name="vit_tiny_patch16_224")
+        found = load_network(str(path), model_name="vit_tiny_patch16_224")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         wanted = supervised.forward_head(supervised.forward_features(images), pre_logits=True)
@@ -108,6 +109,6 @@ def test_a_timm_name_with_a_local_file(tmp_path):
     assert found.shape is not None
     assert found.shape.name == "vit_tiny/16"
     with pytest.raises(ValueError, match="'vit_small_patch16_224' has width 384, but .* width 192"):
-        load_evaluated(str(path), model_name="vit_small_patch16_224")
+        load_network(str(path), model_name="vit_small_patch16_224")
     with pytest.raises(ValueError, match="model_name='resnet50' is unknown"):
-        load_evaluated(str(path), model_name="resnet50")
+        load_network(str(path), model_name="resnet50")

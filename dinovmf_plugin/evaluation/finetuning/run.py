@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dinovmf_plugin.checkpoints.layouts import read_weights
+from dinovmf_plugin.checkpoints.layouts import StoredWeights, read_weights
 from dinovmf_plugin.checkpoints.reading import resolve_file
 from dinovmf_plugin.core.distributed import Processes, launched_processes
 from dinovmf_plugin.data.channels import IMAGENET, channel_statistics
@@ -68,9 +68,11 @@ class _Sweep:
         self.checkpoint = str(run.checkpoint)
         self.output = Path(str(run.output_dir))
         digest, self.statistics = None, IMAGENET
+        self.stored: StoredWeights | str = self.checkpoint
         if not self.checkpoint.startswith("random:"):
-            digest = file_digest(resolve_file(self.checkpoint))
-            self.statistics = channel_statistics(read_weights(self.checkpoint, run.which).config)
+            self.stored = read_weights(self.checkpoint, run.which)
+            digest = file_digest(self.stored.path)
+            self.statistics = channel_statistics(self.stored.config)
         self.transform = replace(settings.transform, **self.statistics._asdict())
         self.record = {"checkpoint": self.checkpoint, "sha256": digest, "which": run.which}
         # what a stopped training must agree on before it goes on
@@ -93,12 +95,11 @@ class _Sweep:
 
     def build(self) -> nn.Module:
         return build_classifier(
-            self.checkpoint,
+            self.stored,
             len(self.train.classes),
             img_size=self.settings.crop_size,
             drop_path=self.settings.drop_path,
             init_scale=self.settings.init_scale,
-            which=self.run.which,
             model_name=self.run.model_name,
             num_heads=self.run.num_heads,
             seed=self.run.seed,

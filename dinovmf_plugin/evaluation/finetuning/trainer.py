@@ -29,9 +29,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from dinovmf_plugin.checkpoints.layouts import Which, read_weights
+from dinovmf_plugin.checkpoints.layouts import StoredWeights
 from dinovmf_plugin.checkpoints.loading import backbone_from
-from dinovmf_plugin.checkpoints.reading import resolve_file
 from dinovmf_plugin.core.distributed import Processes
 from dinovmf_plugin.data.channels import IMAGENET, Statistics
 from dinovmf_plugin.data.loaders import leave_signals_to_the_parent, worker_start_method
@@ -43,13 +42,12 @@ __all__ = ["FineTuner", "build_classifier", "training_loader"]
 
 
 def build_classifier(
-    checkpoint: str,
+    source: StoredWeights | str,
     num_classes: int,
     *,
     img_size: int,
     drop_path: float,
     init_scale: float,
-    which: Which = "teacher",
     model_name: str | None = None,
     num_heads: int | None = None,
     seed: int = 0,
@@ -57,33 +55,30 @@ def build_classifier(
     """The checkpoint's ViT with stochastic depth and a new linear classifier on the CLS token.
 
     Args:
-        checkpoint: weight file, or ``random:TIMM_NAME`` to train from scratch.
+        source: weights as read from a file, or ``random:TIMM_NAME`` to train from scratch.
         num_classes: of the classifier, whose initial weights are scaled by ``init_scale``.
         img_size: training resolution; position embeddings are resampled to it once.
         drop_path: stochastic depth of the last block, rising linearly from 0.
         init_scale: see above.
-        which: see ``checkpoints.load_backbone``; so are the next two.
-        model_name: see there.
-        num_heads: see there.
+        model_name: as for ``checkpoints.load_backbone``.
+        num_heads: as for ``checkpoints.load_backbone``.
         seed: of the classifier, and of all weights from scratch.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds no such network, or timm has none of that name.
+        ValueError: if the weights are no such network, or timm has none of that name.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if checkpoint.startswith("random:"):
+        if isinstance(source, str):
             model: Any = timm.create_model(
-                random_name(checkpoint),
+                random_name(source),
                 num_classes=num_classes,
                 img_size=img_size,
                 drop_path_rate=drop_path,
             )
         else:
-            stored = read_weights(resolve_file(checkpoint), which)
             vit, _, shape = backbone_from(
-                stored, model_name=model_name, num_heads=num_heads, img_size=img_size
+                source, model_name=model_name, num_heads=num_heads, img_size=img_size
             )
             model = VisionTransformer(
                 num_classes=num_classes, drop_path_rate=drop_path, **shape.model_args

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinovmf_plugin.evaluation.dense import load_evaluated_vit
 from dinovmf_plugin.evaluation.retrieval.dataset import RetrievalSet, load_retrieval_set
 from dinovmf_plugin.evaluation.retrieval.descriptors import (
     ExtractionReport,
@@ -26,6 +25,7 @@ from dinovmf_plugin.evaluation.retrieval.scores import (
     split_difficulty,
 )
 from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
+from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import file_digest, write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
@@ -77,13 +77,14 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     device = pick_device(settings.device)
     data = load_retrieval_set(settings.data_path, settings.dataset)
     shown, boxes = _shown(settings, data), _boxes(settings, data)
-    network = load_evaluated_vit(
+    network = load_network(
         settings.checkpoint,
         which=settings.which,
         model_name=settings.model_name,
         num_heads=settings.num_heads,
         seed=settings.seed,
     )
+    vit = network.vit  # what has no tokens must not bind the folder to itself
     bound = {
         "task": "retrieval",
         "network": network.identity,
@@ -105,7 +106,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         paths = [data.image_path(name) for name in names]
         files = ImageFiles(paths, settings.imsize, crop, network.statistics)
         features[kind], speed[kind] = extract_descriptors(
-            network.model,
+            vit,
             files,
             folder / "descriptors" / kind,
             scales=settings.scales,

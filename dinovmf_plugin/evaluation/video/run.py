@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from dinovmf_plugin.core.vit import forward_tokens
 from dinovmf_plugin.data.channels import IMAGENET, Statistics
-from dinovmf_plugin.evaluation.dense import load_evaluated_vit
 from dinovmf_plugin.evaluation.video import davis
 from dinovmf_plugin.evaluation.video import figures as video_figures
 from dinovmf_plugin.evaluation.video.page import collect_sequences, object_table, video_page
@@ -28,6 +27,7 @@ from dinovmf_plugin.evaluation.video.propagation import (
 )
 from dinovmf_plugin.evaluation.video.scores import score_sequence
 from dinovmf_plugin.evaluation.video.settings import VideoSettings
+from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
@@ -201,13 +201,14 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
         resolution=settings.resolution,
         only=settings.sequences,
     )
-    network = load_evaluated_vit(
+    network = load_network(
         settings.checkpoint,
         which=settings.which,
         model_name=settings.model_name,
         num_heads=settings.num_heads,
         seed=settings.seed,
     )
+    vit = network.vit.to(device)  # what has no tokens must not bind the folder to itself
     bound: dict[str, Any] = {
         "task": "video segmentation",
         "network": network.identity,
@@ -220,7 +221,6 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
     for key in ("resolution", "size", "context_frames", "radius", "topk", "temperature"):
         bound[key] = getattr(settings, key)
     folder = open_run_folder(settings.output_dir, bound)
-    vit = network.model.to(device)
     todo = [sequence for sequence in sequences if not _finished(folder, sequence)]
     with tqdm(total=sum(len(s.frames) - 1 for s in todo), unit="frame") as progress:
         for sequence in todo:

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from timm.models import VisionTransformer
 
+from dinovmf_plugin.checkpoints.layouts import read_weights
 from dinovmf_plugin.core.distributed import Processes
 from dinovmf_plugin.data.loaders import leave_signals_to_the_parent
 from dinovmf_plugin.evaluation.finetuning.run import classification_scores, finetune
@@ -37,7 +38,7 @@ def _settings(**changes):
 
 def _build(vit_file, **changes):
     values = {"img_size": 24, "drop_path": 0.3, "init_scale": 0.001, "seed": 1}
-    return build_classifier(str(vit_file), 4, **(values | changes))
+    return build_classifier(read_weights(vit_file), 4, **(values | changes))
 
 
 def _tuner(vit_file, settings, steps=5, **kwargs):

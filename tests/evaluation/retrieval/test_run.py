@@ -305,7 +305,7 @@ def test_baselines__untrained_by_name_but_not_pixels(tmp_path, data):
     assert not (tmp_path / "out" / "rankings.png").exists()
     with pytest.raises(ValueError, match="seed 0', is now 'untrained vit_tiny_patch16_224 seed 1"):
         evaluate_retrieval(settings(data, name, tmp_path / "out", seed=1))
-    with pytest.raises(ValueError, match="checkpoint=pixels has no patch tokens"):
+    with pytest.raises(ValueError, match="checkpoint=pixels 32x32 has no patch tokens"):
         evaluate_retrieval(settings(data, "pixels", tmp_path / "pixels"))
 
 
