@@ -46,15 +46,24 @@ class ImageFolder:
         return replace(self, names=self.names[indices], labels=self.labels[indices])
 
 
+def _holds(folder: str, path: Path) -> bool:
+    outer, inner = os.path.realpath(folder), os.path.realpath(path)
+    return os.path.commonpath([outer, inner]) == outer
+
+
 def _walk(root: Path, below: str = "") -> Iterator[str]:
     """Relative paths of the images below ``root/below``, sorted, hidden entries left out."""
     with os.scandir(root / below) as scan:
         entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda e: e.name)
     for entry in entries:
         if entry.is_dir():
+            if entry.is_symlink() and _holds(entry.path, root / below):
+                raise ValueError(f"{entry.path} is a link to a folder that holds it: remove it")
             yield from _walk(root, os.path.join(below, entry.name))
     for entry in entries:
-        if entry.name.lower().endswith(IMAGE_EXTENSIONS) and not entry.is_dir():
+        # pipes and the like are no images; a link to nothing is, so that it is named
+        is_file = entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+        if is_file and entry.name.lower().endswith(IMAGE_EXTENSIONS):
             yield os.path.join(below, entry.name)
 
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,21 @@ def test_bad_folders(tmp_path: Path, names: Any, labelled: bool, error: Any, mes
     root.mkdir()
     with pytest.raises(error, match=message):
         list_images(touch(root, *names), labelled=labelled)
+
+
+def test_links_and_pipes(tmp_path: Path) -> None:
+    touch(tmp_path / "data", "a/1.jpg")
+    touch(tmp_path / "elsewhere", "2.jpg")
+    (tmp_path / "data/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/a/gone.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(tmp_path / "data/a/pipe.jpg")  # opening it would wait for ever
+    images = list_images(tmp_path / "data")
+    assert [Path(images.path(i)).name for i in range(3)] == ["1.jpg", "gone.jpg", "2.jpg"]
+    assert len(images) == 3
+    (tmp_path / "data/a/loop").symlink_to(tmp_path / "data")
+    for labelled in (True, False):
+        with pytest.raises(ValueError, match="a/loop is a link to a folder that holds it"):
+            list_images(tmp_path / "data", labelled=labelled)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
