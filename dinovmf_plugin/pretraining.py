@@ -85,6 +85,7 @@ def build_method(cfg: DictConfig) -> Any:
             f"backbone.name={cfg.backbone.name!r} is not in the solo-learn that is installed: choose one of "
             f"{', '.join(host.BACKBONES)}"
         )
+    _check_switches(cfg)
     try:
         if cfg.method in registry.method_classes():
             model = host.METHODS[cfg.method](cfg)
@@ -99,6 +100,16 @@ def build_method(cfg: DictConfig) -> Any:
     _try_crops(model, cfg)
     _check_optimizer(model, cfg)
     return model
+
+
+def _check_switches(cfg: DictConfig) -> None:
+    for switch in ("compile", "grad_checkpointing"):
+        wanted = OmegaConf.select(cfg, f"performance.{switch}", default=False)
+        if wanted and cfg.method not in registry.method_classes():
+            raise ValueError(
+                f"performance.{switch}=True is for this project's methods, and method={cfg.method} is "
+                "solo-learn's: set it to False"
+            )
 
 
 @torch.no_grad()

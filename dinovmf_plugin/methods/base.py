@@ -18,6 +18,12 @@ from dinovmf_plugin.core.heads import ProjectionHead
 from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.host import BaseMomentumMethod
 from dinovmf_plugin.losses.koleo import koleo_loss
+from dinovmf_plugin.methods.acceleration import (
+    check_acceleration,
+    compile_networks,
+    use_grad_checkpointing,
+    wants,
+)
 from dinovmf_plugin.methods.probes import OnlineProbes
 from dinovmf_plugin.methods.settings import MethodSettings, check_strategy
 from dinovmf_plugin.runs.settings import read
@@ -78,6 +84,8 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         self.last_loss: float | None = None  # for the progress bar
         backbones.disable_drop_path(self.momentum_backbone)
         self.momentum_backbone.requires_grad_(False)
+        if wants(self.cfg, "grad_checkpointing"):
+            use_grad_checkpointing(self.backbone)
 
     @classmethod
     def add_and_assert_specific_cfg(cls, cfg: DictConfig) -> DictConfig:
@@ -97,6 +105,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
     def check_config(cls, cfg: DictConfig) -> None:
         """Check what lies outside ``method_kwargs``."""
         check_strategy(cfg)
+        check_acceleration(cfg)
         if cfg.scheduler.name not in ("warmup_cosine", "none"):
             raise ValueError(
                 f"scheduler.name={cfg.scheduler.name!r} is not supported by {cfg.method}: "
@@ -312,6 +321,13 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         """
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.adjust_gradients()
+
+    def on_fit_start(self) -> None:
+        """Compile the networks, if ``performance.compile`` says so."""
+        super().on_fit_start()
+        if wants(self.cfg, "compile"):
+            heads = (self.head.mlp, self.momentum_head.mlp)
+            compile_networks(self.backbone, self.momentum_backbone, *heads)
 
     def on_train_start(self) -> None:
         """Remember where a resumed run stands, so that the first micro-batch does not move the teacher."""

@@ -45,7 +45,9 @@ _DEFAULTS: dict[str, Any] = {
     "checkpoint.keep_prev": False,
     "auto_resume.enabled": False,
     "wandb.enabled": False,
+    "performance.compile": False,
     "performance.disable_channel_last": False,
+    "performance.grad_checkpointing": False,
 }
 
 

@@ -72,15 +72,47 @@ def test_tokens_and_gradients__equal_one_forward_per_size(variant, fused):
     assert inputs[0].mask_token.grad.abs().sum() > 0
 
 
-def test_one_size_or_other_blocks__take_the_ordinary_path(monkeypatch):
+def test_one_size__equals_the_ordinary_forward():
     vit = make_vit()
-    monkeypatch.setattr(packing, "packed_block", None)  # would fail
     (one,) = forward_packed(vit, crops()[:1])
     torch.testing.assert_close(one, forward_tokens(vit, **vars(crops()[0])))
+
+
+def test_other_blocks__take_the_ordinary_path(monkeypatch):
+    vit = make_vit()
     vit.blocks[1] = nn.Sequential(vit.blocks[1])
+    monkeypatch.setattr(packing, "packed_block", None)  # would fail
     assert not can_pack(vit)
     both = forward_packed(vit, crops()[:2])
     torch.testing.assert_close(both[1], forward_tokens(vit, crops()[1].images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attend__both_ways_are_the_formula(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 7, 8, generator=generator).to(dtype).requires_grad_()
+    weights = (q.double() @ k.double().mT * 0.4).softmax(-1)
+    expected = torch.autograd.grad((weights @ v.double()).square().sum(), (q, k, v))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0.1}
+    for fused in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = packing.attend(q, k, v, 0.4, fused=fused)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), weights @ v.double(), **tolerance)
+        found = torch.autograd.grad(out.float().square().sum(), (q, k, v), retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.double(), b.double(), **tolerance)
+
+
+def test_attend__half_precision_with_gradients_on_a_cpu__is_not_the_fused_kernel(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("fused")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    x = torch.randn(1, 1, 3, 4, dtype=torch.bfloat16)
+    packing.attend(x.requires_grad_(), x, x, 0.5)
+    with pytest.raises(AssertionError, match="fused"):
+        packing.attend(x.detach(), x.detach(), x.detach(), 0.5)
 
 
 def test_grad_checkpointing__same_values_and_gradients():
