@@ -17,7 +17,7 @@ __all__ = ["gradients_kernel", "normalize_kernel"]
 jit: Any = triton.jit  # untyped
 
 
-@jit
+@jit  # type: ignore[untyped-decorator]
 def normalize_kernel(  # type: ignore[no-untyped-def]
     y,  # (R, P) student rows / temperature
     w,  # (K, P) effective prototypes
@@ -71,7 +71,7 @@ def normalize_kernel(  # type: ignore[no-untyped-def]
         tl.store(means + at[:, None].to(tl.int64) * P + p[None, :], mean, inside)
 
 
-@jit
+@jit  # type: ignore[untyped-decorator]
 def gradients_kernel(  # type: ignore[no-untyped-def]
     y,  # (R, P)
     w,  # (K, P) effective prototypes
