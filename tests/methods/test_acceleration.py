@@ -50,7 +50,6 @@ def test_grad_checkpointing__equal_values(tiny_cfg, crop_loader, build, fit, mon
     assert len(calls) == 3 * 3  # every block of the student in every step, none of the teacher
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("switches", [{}, {"grad_checkpointing": True}])
 def test_compile__equal_values_one_code_for_all_blocks(tiny_cfg, crop_loader, build, fit, switches):
