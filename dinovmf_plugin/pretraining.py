@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_every
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from dinovmf_plugin import host, registry
 from dinovmf_plugin.checkpoints.resumable import check_resumable
@@ -154,6 +155,13 @@ def _check_optimizer(model: Any, cfg: DictConfig) -> None:
             raise ValueError(
                 f"optimizer.kwargs.{key} is no argument of optimizer.name={cfg.optimizer.name}: {hint}"
             )
+    given: Any = OmegaConf.to_container(cfg.optimizer.get("kwargs") or OmegaConf.create({}))
+    try:
+        known_names[cfg.optimizer.name]([nn.Parameter(torch.zeros(1))], lr=0.1, **given)
+    except Exception as error:
+        raise ValueError(
+            f"optimizer.kwargs={given} is refused by optimizer.name={cfg.optimizer.name}: {error}"
+        ) from error
 
 
 def _logger(cfg: DictConfig) -> Logger:

@@ -108,6 +108,7 @@ def test_resume__another_model__its_first_tensor_named(recipe, tmp_path):
             r"backbone\.kwargs=.*'in_chans': 1.* three colours: .*channels",
         ),
         ("+backbone.kwargs.strict_size=1", "backbone=.*strict_size.* cannot be built"),
+        ("+optimizer.kwargs.betas=[0.9]", r"optimizer\.kwargs=.*0\.9.* is refused by .*=adamw: "),
         ("accelerator=cuda0", "accelerator"),
         ("precision=17", "precision='?17"),
         (
