@@ -25,7 +25,7 @@ from dinovmf_plugin.methods.acceleration import (
     wants,
 )
 from dinovmf_plugin.methods.probes import OnlineProbes
-from dinovmf_plugin.methods.settings import MethodSettings, check_strategy
+from dinovmf_plugin.methods.settings import MethodSettings, check_backbone, check_strategy
 from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training import optimization
 from dinovmf_plugin.training.late import LateNumber
@@ -104,6 +104,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
     @classmethod
     def check_config(cls, cfg: DictConfig) -> None:
         """Check what lies outside ``method_kwargs``."""
+        check_backbone(cfg)
         check_strategy(cfg)
         check_acceleration(cfg)
         if cfg.scheduler.name not in ("warmup_cosine", "none"):

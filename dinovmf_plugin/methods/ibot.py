@@ -20,7 +20,13 @@ from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_pa
 from dinovmf_plugin.methods.base import DistillationOutput
 from dinovmf_plugin.methods.crops import tokens_and_features
 from dinovmf_plugin.methods.dino import DINOMultiCrop
-from dinovmf_plugin.methods.settings import CenterMomentum, DINOSettings, PrototypeCount, check_vit
+from dinovmf_plugin.methods.settings import (
+    CenterMomentum,
+    DINOSettings,
+    PrototypeCount,
+    check_maskable,
+    check_vit,
+)
 from dinovmf_plugin.runs.bounds import AtLeastOne, Positive, Ratio, Weight, Whole
 from dinovmf_plugin.runs.settings import Doc
 from dinovmf_plugin.training.records import StepRecord
@@ -119,6 +125,7 @@ class IBOT(DINOMultiCrop):
         """Check what lies outside ``method_kwargs``."""
         super().check_config(cfg)
         check_vit(cfg)
+        check_maskable(cfg)
 
     def initialize_from_checkpoint(self) -> None:
         """Make the mask token, then start as the others do."""

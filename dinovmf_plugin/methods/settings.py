@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from omegaconf import DictConfig, OmegaConf
 
+from dinovmf_plugin.checkpoints.architecture import check_vit_kwargs
 from dinovmf_plugin.core.centering import CenteringName
 from dinovmf_plugin.core.prototypes import Normalization
 from dinovmf_plugin.runs.bounds import Count, Path, Positive, Share, Weight, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings
 
-__all__ = ["DINOSettings", "MethodSettings", "check_strategy", "check_vit"]
+__all__ = [
+    "DINOSettings",
+    "MethodSettings",
+    "check_backbone",
+    "check_maskable",
+    "check_strategy",
+    "check_vit",
+]
 
 Normalizing = Annotated[
     Normalization, Doc("of the prototypes: free norms, norms 1, or a vMF mixture (Table 1)")
@@ -33,6 +41,51 @@ def check_vit(cfg: DictConfig) -> None:
             f"backbone.name={cfg.backbone.name!r} cannot train {cfg.method}, which masks or drops single "
             "patches: choose vit_tiny, vit_small, vit_base or vit_large"
         )
+
+
+def check_backbone(cfg: DictConfig) -> None:
+    """Refuse a network whose features no evaluation could load, and crops that are too small for it.
+
+    Raises:
+        ValueError: one sentence that names the key, the value and what would be right.
+    """
+    given = OmegaConf.select(cfg, "backbone.kwargs")
+    kwargs: Any = (OmegaConf.to_container(given, resolve=True) if given is not None else None) or {}
+    if kwargs.get("in_chans", 3) != 3:
+        raise ValueError(
+            f"backbone.kwargs.in_chans={kwargs['in_chans']!r} is not supported: images are RGB, 3 channels"
+        )
+    if not cfg.backbone.name.startswith("vit_"):
+        return
+    check_vit_kwargs(kwargs)
+    for size in crop_sizes(cfg):
+        if size < _patch_size(kwargs):
+            raise ValueError(
+                f"augmentations: crop_size={size} is smaller than one patch "
+                f"(backbone.kwargs.patch_size={kwargs.get('patch_size')})"
+            )
+
+
+def check_maskable(cfg: DictConfig) -> None:
+    """Refuse large crops of one patch, of which nothing can be masked."""
+    kwargs = OmegaConf.select(cfg, "backbone.kwargs") or {}
+    patch = _patch_size(kwargs)
+    for size in crop_sizes(cfg)[:1]:
+        if size // patch < 2:
+            raise ValueError(
+                f"augmentations: crop_size={size} is a grid of 1 x 1 patches (backbone.kwargs.patch_size="
+                f"{kwargs.get('patch_size')}), of which {cfg.method} can mask none: at least 2 x 2 are needed"
+            )
+
+
+def crop_sizes(cfg: DictConfig) -> list[int]:
+    """Sides of the crops in pixels, the large ones' first; empty without ``augmentations``."""
+    return list(dict.fromkeys(int(crop.crop_size) for crop in cfg.get("augmentations") or []))
+
+
+def _patch_size(kwargs: Any) -> int:
+    patch = kwargs.get("patch_size") or 16
+    return int(patch) if isinstance(patch, int) else max(map(int, patch))
 
 
 def check_strategy(cfg: DictConfig) -> None:

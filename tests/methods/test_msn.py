@@ -68,6 +68,23 @@ def test_prototypes__are_trained_undecayed_and_have_no_copy(msn_cfg, build):
 # ---- the loss and two steps by hand --------------------------------------------------------------
 
 
+def slow_cls(vit, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """MSN's encoder: positions of other sizes by the plain factor sqrt(n / N), then patches are dropped."""
+    x = vit.patch_embed.proj(images).flatten(2).transpose(1, 2)
+    positions, patches = vit.pos_embed[:, 1:], x.shape[1]
+    total = positions.shape[1]
+    if patches != total:
+        side = math.isqrt(total)
+        grid = positions.transpose(1, 2).unflatten(2, (side, side))
+        ratio = math.sqrt(patches / total)
+        grid = F.interpolate(grid, scale_factor=ratio, mode="bicubic")
+        positions = grid.flatten(2).transpose(1, 2)
+    x = x + positions
+    x = x if keep is None else x[:, keep]
+    cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
+    return vit.norm(vit.blocks(torch.cat([cls, x], dim=1)))[:, 0]
+
+
 class SlowMSN:
     """MSN's training step view by view after its paper; the schedules written out."""
 
@@ -93,7 +110,7 @@ class SlowMSN:
 
     def targets(self, crop: Tensor) -> Tensor:
         module = self.module
-        cls = backbones.forward_tokens(module.momentum_backbone, crop)[:, 0]
+        cls = slow_cls(module.momentum_backbone, crop)
         p = self.logits(module.momentum_head(cls), TAU_T).softmax(-1)
         if module.settings.centering == "probability":
             targets = (p.log() - self.center).softmax(-1)
@@ -109,9 +126,9 @@ class SlowMSN:
         module, s = self.module, self.module.settings
         with torch.no_grad():
             targets = self.targets(crops[0])
-        anchor = module.head(backbones.forward_tokens(module.backbone, crops[1], keep=keep)[:, 0])
+        anchor = module.head(slow_cls(module.backbone, crops[1], keep))
         # focal crops share one pass of the head, hence BatchNorm's statistics
-        focal = [backbones.forward_tokens(module.backbone, x)[:, 0] for x in crops[2:]]
+        focal = [slow_cls(module.backbone, x) for x in crops[2:]]
         views = [anchor, *module.head(torch.cat(focal)).chunk(len(focal))]
         log_p = torch.stack([self.logits(y, TAU_S).log_softmax(-1) for y in views])
         mean = log_p.exp().mean(dim=(0, 1))
@@ -170,6 +187,14 @@ def test_fit__eight_steps__equals_slow_loop(
         },
     )
     module = build(cfg)
+    for network in (
+        module.backbone,
+        module.momentum_backbone,
+    ):  # large enough for the resampling to matter
+        with torch.no_grad():
+            network.pos_embed.copy_(
+                torch.randn(network.pos_embed.shape, generator=torch.Generator())
+            )
     if normalization == "vmf":
         torch.nn.init.uniform_(module.prototypes.weight_g, 0.5, 3)
     slow = SlowMSN(copy.deepcopy(module), steps=8)

@@ -178,3 +178,50 @@ def test_method__resolved_settings_are_written_back(tiny_cfg, build):
     assert kwargs["normalization"] == "vmf"
     assert kwargs["centering"] == "probability"
     assert read(DINOSettings, OmegaConf.create(kwargs), "method_kwargs.") == module.settings
+
+
+# ---- the network and the crops ---------------------------------------------------------------------
+
+
+def _crops(*sizes):
+    rrc = {"crop_min_scale": 0.5, "crop_max_scale": 1.0}
+    return [{"crop_size": size, "num_crops": 2, "rrc": rrc} for size in sizes]
+
+
+@pytest.mark.parametrize("method", ["dino_vmf", "ibot", "msn"])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("backbone.kwargs.in_chans", 1, r"backbone.kwargs.in_chans=1 .*RGB, 3 channels"),
+        ("backbone.kwargs.global_pool", "avg", r"global_pool='avg' is not supported: .*'token'"),
+        (
+            "backbone.kwargs.class_token",
+            False,
+            r"class_token=False is not supported: .* needs True",
+        ),
+        (
+            "backbone.kwargs.act_layer",
+            "relu",
+            r"act_layer='relu' is not supported: no stored weight",
+        ),
+        ("augmentations", _crops(32, 8), r"crop_size=8 is smaller than one patch .*patch_size=16"),
+    ],
+)
+def test_network__that_could_not_be_evaluated_or_fed__is_named(
+    tiny_cfg, build, method, key, value, message
+):
+    cfg = tiny_cfg(method, **{"backbone.kwargs.patch_size": 16, key: value})
+    if method == "msn":
+        del cfg.method_kwargs["freeze_last_layer"]
+    with pytest.raises(ValueError, match=message) as error:
+        build(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_ibot__a_grid_of_one_patch__is_named(tiny_cfg, build):
+    cfg = tiny_cfg("ibot", **{"backbone.kwargs.patch_size": 32, "augmentations": _crops(32)})
+    with pytest.raises(
+        ValueError, match=r"crop_size=32 is a grid of 1 x 1 patches .*2 x 2 are needed"
+    ):
+        build(cfg)
+    build(tiny_cfg("dino_vmf", **{"backbone.kwargs.patch_size": 32, "augmentations": _crops(32)}))
