@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -167,8 +168,27 @@ def _attention(
         )
         shown = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         # the index keeps equal file names of different classes apart
-        paths += save_attention([shown], maps.cpu(), [f"{index:06d}_{path.stem}"], folder)
+        stem = os.fsdecode(os.fsencode(path.stem)[:200])  # with index and suffix within 255 bytes
+        paths += save_attention([shown], maps.cpu(), [f"{index:06d}_{stem}"], folder)
     return paths
+
+
+def check_utf8(images: Images) -> None:
+    """Refuse names that Parquet cannot hold, before any computing.
+
+    Raises:
+        ValueError: naming the first file whose name is no UTF-8.
+    """
+    for index in range(len(images)):
+        path = images.folder.path(index)
+        try:
+            os.fsencode(path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            raise ValueError(
+                f"table=parquet cannot hold the file name {shown}, which is no UTF-8: use table=csv, which "
+                "keeps its bytes, or rename the file"
+            ) from error
 
 
 def _attention_sheet(paths: list[Path], heads: int) -> list[Sheet]:
@@ -218,6 +238,9 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
                 skip_unreadable=data.skip_unreadable,
             )
         )
+    if settings.table == "parquet":
+        for images in sets:
+            check_utf8(images)
     shown = sets[-1]
     if settings.attention.path:
         shown = image_folder(settings.attention.path, "attention.path", labelled="auto")

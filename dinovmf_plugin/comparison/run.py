@@ -20,11 +20,12 @@ from dinovmf_plugin.comparison.launch import train
 from dinovmf_plugin.comparison.outcome import outcome_of
 from dinovmf_plugin.comparison.settings import RunSettings
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.runner import evaluate
+from dinovmf_plugin.evaluation.runner import check_evaluation, evaluate
 from dinovmf_plugin.features.checks import NonFiniteFeaturesError
 from dinovmf_plugin.features.embedding import embed
 from dinovmf_plugin.features.images import image_folder
 from dinovmf_plugin.features.network import Network, load_network
+from dinovmf_plugin.pretraining import build_method
 from dinovmf_plugin.runs.environment import machine, pick_device, versions
 from dinovmf_plugin.runs.files import keep_previous, write_json
 from dinovmf_plugin.training.checkpointer import choose_folder, find_checkpoint, run_identity
@@ -91,7 +92,7 @@ def _prototypes(
     return measure_prototypes(network, found.y, thresholds, components=False)[0]
 
 
-def _evaluate(
+def _evaluation_config(
     checkpoint: str, recipe: DictConfig, settings: RunSettings, folder: Path
 ) -> dict[str, Any]:
     shared = settings.comparison
@@ -99,6 +100,33 @@ def _evaluate(
     data = {key: recipe.data[key] for key in ("train_path", "val_path")}
     config = shared.evaluation_config(checkpoint, str(folder), size, data)
     config["progress"] = bool(shared.evaluation.get("progress", True))
+    return config
+
+
+def _check_before_training(recipe: DictConfig, settings: RunSettings, folder: Path) -> None:
+    """Whatever the evaluation would refuse after the training is refused before it.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key.
+    """
+    shared = settings.comparison
+    config = _evaluation_config("untrained", recipe, settings, folder)
+    backbone = build_method(recipe.copy()).backbone
+    bank = check_evaluation({**config, "baselines": list(shared.baselines)}, backbone)
+    if shared.k > bank:
+        raise ValueError(f"k={shared.k}: data.train_path holds only {bank} images")
+    fit = [isinstance(value, (int, float)) and -1 <= value < 1 for value in shared.thresholds]
+    if not fit or not all(fit):
+        raise ValueError(
+            f"thresholds={list(shared.thresholds)} must be cosines of at least -1 and below 1, such as [0.9]"
+        )
+
+
+def _evaluate(
+    checkpoint: str, recipe: DictConfig, settings: RunSettings, folder: Path
+) -> dict[str, Any]:
+    shared = settings.comparison
+    config = _evaluation_config(checkpoint, recipe, settings, folder)
     ours = recipe.method in registry.method_classes()
     network = load_network(checkpoint, head=ours)
     found = evaluate(config, file="evaluation", network=network)
@@ -151,6 +179,7 @@ def run_one(settings: RunSettings) -> dict[str, Any]:
     keep_previous(folder / RESULT)
     print(f"{recipe.name}: {'going on' if found else 'training'} in {folder}", flush=True)
     began, started = time.monotonic(), datetime.now(timezone.utc)
+    _check_before_training(parsed, settings, folder)
     outcome = train(recipe, shared.curve_every, shared.k)
     trained = time.monotonic()
     result: dict[str, Any] = {

@@ -15,8 +15,12 @@ from dinovmf_plugin.data.loaders import (
     leave_signals_to_the_parent,
     worker_start_method,
 )
+from dinovmf_plugin.data.long_pictures import resized_center
 from dinovmf_plugin.data.recipe import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS
 from dinovmf_plugin.data.transforms import INTERPOLATION_MODES
+
+_LONG = 4
+"""Ratio of the sides from which a picture is not resized as a whole."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,14 @@ class CenterCrop:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """RGB picture -> ``(3, size, size)`` float32."""
-        picture = F.resize(
-            image, [self.resize], interpolation=INTERPOLATION_MODES[self.interpolation]
-        )
-        picture = F.center_crop(picture, [self.size, self.size])
+        height, width = self.resized(image.height, image.width)
+        if max(height, width) > _LONG * self.resize and image.mode == "RGB":
+            picture = resized_center(image, height, width, self.size, self.interpolation)
+        else:
+            picture = F.resize(
+                image, [self.resize], interpolation=INTERPOLATION_MODES[self.interpolation]
+            )
+            picture = F.center_crop(picture, [self.size, self.size])
         return F.normalize(F.to_tensor(picture), self.mean, self.std, inplace=True)
 
 

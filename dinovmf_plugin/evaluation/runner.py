@@ -12,8 +12,10 @@ from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from dinovmf_plugin.core.distributed import Processes, launched_processes
+from dinovmf_plugin.core.vit import is_vit, patch_grid
 from dinovmf_plugin.evaluation.page import evaluation_page
 from dinovmf_plugin.evaluation.protocols import PROTOCOLS, evaluation_settings
 from dinovmf_plugin.evaluation.settings import EvaluationSettings
@@ -23,7 +25,7 @@ from dinovmf_plugin.features.network import Network, load_network, untrained_lik
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import keep_previous, write_file, write_json
 
-__all__ = ["evaluate", "evaluate_one"]
+__all__ = ["check_evaluation", "evaluate", "evaluate_one"]
 
 Results = Mapping[str, Any]
 
@@ -72,6 +74,41 @@ def _evaluate_network(
 
 def _side_by_side(results: Results, record: Results) -> dict[str, Any]:
     return {**results, **record}
+
+
+def check_evaluation(config: Mapping[str, Any], model: nn.Module) -> int:
+    """Check settings and images as ``evaluate`` does, for a network that is still to be trained.
+
+    Args:
+        config: as ``evaluate`` takes it; its checkpoint is not read.
+        model: the untrained network.
+
+    Returns:
+        The number of training images.
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
+        ValueError: if a setting or the images cannot be used, or ``model`` is no ViT.
+    """
+    settings = evaluation_settings(config)
+    pick_device(settings.device)
+    if not is_vit(model):
+        raise ValueError(
+            f"backbone {type(model).__name__} cannot be evaluated: only plain Vision Transformers can"
+        )
+    images = Images(settings)
+    for name in settings.evaluations:
+        section, prepare = settings.sections[name], PROTOCOLS[name].prepare
+        for feature in section.wanted:
+            resolve_feature(feature, model)
+        size = section.transform.size
+        try:
+            patch_grid(model, size, size)
+        except ValueError as error:
+            raise ValueError(f"{name}.crop_size={size}: {error}") from error
+        if prepare is not None:
+            prepare(section, images, settings)
+    return len(images.train)
 
 
 def evaluate(

@@ -60,6 +60,7 @@ def save_feature_file(
 
     Raises:
         ValueError: if float16 cannot hold a feature, or features and labels do not fit.
+        OSError: if the disk is full or the folder cannot be written.
     """
     stored = features.to(dtype)
     check_features(stored, labels, f"{dtype}".removeprefix("torch."))

@@ -69,7 +69,7 @@ class ImageSet:
         source: the images and their labels.
         labels: ``(N,)`` int64, those of ``source``.
         classes: names; a label is an index into them.
-        digest: hash of the listing: names, file sizes and labels, not pixels.
+        digest: hash of the listing: names, sizes and times of change of the files, and labels.
         folder: the listing where the images are files of a folder, which DALI needs.
     """
 
@@ -161,8 +161,8 @@ def image_folder(
         warnings.warn(f"{key}: {len(unreadable)} unreadable images are left out", stacklevel=2)
     digest = hashlib.sha256()
     for i, (name, label) in enumerate(zip(folder.names, folder.labels, strict=True)):
-        size = os.path.getsize(folder.path(i))
-        digest.update(bytes(name) + f"\t{size}\t{label}\n".encode())
+        stat = os.stat(folder.path(i))
+        digest.update(bytes(name) + f"\t{stat.st_size}\t{stat.st_mtime_ns}\t{label}\n".encode())
     return ImageSet(
         name=key.split(".")[-1].removesuffix("_path"),
         source=FolderSource(folder),

@@ -21,9 +21,6 @@ register_in_main()
 BACKBONES = tuple(sorted(_BaseMomentumMethod._BACKBONES))
 """Names that ``backbone.name`` may have."""
 
-BACKBONES = tuple(sorted(_BaseMomentumMethod._BACKBONES))
-"""Names that ``backbone.name`` may have."""
-
 
 class BaseMomentumMethod(_BaseMomentumMethod):
     """The host's base class, unchanged but for one default it lacks.

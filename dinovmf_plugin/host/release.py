@@ -43,9 +43,6 @@ _DEFAULTS: dict[str, Any] = {
     "method_kwargs": {},
 }
 
-BACKBONES = (*_BaseMomentumMethod._SUPPORTED_ENCODERS, *EXTRA_BACKBONES)
-"""Names that ``backbone.name`` may have."""
-
 _NEW_NAMES = {
     "encoder": "backbone",
     "momentum_encoder": "momentum_backbone",

@@ -7,12 +7,20 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["file_digest", "keep_previous", "plain", "replacing", "write_file", "write_json"]
+__all__ = [
+    "file_digest",
+    "keep_previous",
+    "listing_digest",
+    "plain",
+    "replacing",
+    "write_file",
+    "write_json",
+]
 
 
 @contextmanager
@@ -122,3 +130,27 @@ def keep_previous(path: Path) -> Path | None:
         number += 1
     path.rename(aside)
     return aside
+
+
+def listing_digest(paths: Iterable[str | Path]) -> str:
+    """SHA-256 of the files' names, sizes and times of the last change, in the given order.
+
+    Another picture under an old name is noticed without reading every byte.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a.jpg"
+        >>> _ = path.write_bytes(b"1234")
+        >>> before = listing_digest([path])
+        >>> os.utime(path, ns=(0, 0))
+        >>> before == listing_digest([path])
+        False
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        stat = os.stat(path)
+        name = os.fsencode(os.path.basename(path))
+        digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

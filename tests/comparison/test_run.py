@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -139,3 +140,33 @@ def test_outcome(record: dict[str, float | None], knn: float, outcome: str) -> N
     }
     assert outcome_of(result, 64, 10) == outcome
     assert outcome_of({**result, "diverged": "nan"}, 64, 10) == "diverged"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluation": {"knn": {"ks": [0]}}, "k": 0}, "knn.ks"),
+        ({"evaluation": {"knn": {"ks": [500]}}, "k": 500}, r"knn.ks=\[500\].*holds only 12 images"),
+        (
+            {"evaluation": {"knn": {"ks": [1, 500]}}, "k": 500},
+            "k=500: data.train_path holds only 12",
+        ),
+        ({"evaluation": {"device": "cuda:99"}}, "device='cuda:99' cannot be used"),
+        ({"evaluation": {"knn": {"feature": "nonsense"}}}, "feature='nonsense' is unknown"),
+        ({"baselines": ["nonsense"]}, "baselines"),
+        ({"thresholds": [2.0]}, "thresholds=.2.0. must be cosines"),
+        ({"thresholds": []}, "thresholds=.. must be cosines"),
+    ],
+)
+def test_what_the_evaluation_would_refuse__is_refused_before_training(
+    make_comparison: Any, tmp_path: Path, monkeypatch: Any, changes: Any, message: str
+) -> None:
+    plain = make_comparison(tmp_path)
+    evaluation = dict(plain.evaluation)
+    for name, section in changes.pop("evaluation", {}).items():
+        known = isinstance(section, dict)
+        evaluation[name] = {**dict(evaluation.get(name) or {}), **section} if known else section
+    monkeypatch.setattr(run_module, "train", lambda *_: pytest.fail("trained"))
+    settings = dataclasses.replace(plain, evaluation=evaluation, **{"k": 1, **changes})
+    with pytest.raises(ValueError, match=message):
+        run_one(RunSettings(settings, VMF, 3))

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import pytest
@@ -70,3 +71,16 @@ def test_nan_and_overflow_are_refused(tmp_path, features):
     with pytest.raises(ValueError, match="float16 features hold a NaN or infinity"):
         save_feature_file(tmp_path / "large", values, labels, KEY, torch.float16)
     assert not list(tmp_path.iterdir())
+
+
+def test_full_disk__one_sentence_with_the_name_and_nothing_left_behind(
+    tmp_path, features, monkeypatch
+):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "train.safetensors"
+    with pytest.raises(OSError, match=r"train\.safetensors cannot be written: No space left"):
+        save_feature_file(path, *features, KEY)
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ the test images where there is a test set.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torchvision import datasets
 
 from dinovmf_plugin.features.images import DatasetSource, ImageSet, image_folder
 from dinovmf_plugin.report.paper import TABLE_5
+from dinovmf_plugin.runs.folder import listing_digest
 
 __all__ = ["MEAN_PER_CLASS", "caltech101_train_rows", "load_transfer_dataset"]
 
@@ -47,9 +49,9 @@ def _labels(images: Any) -> list[int]:
     return [int(label) for label in labels]
 
 
-def _image_set(name: str, images: Dataset[Any], classes: int) -> ImageSet:
+def _image_set(name: str, images: Dataset[Any], classes: int, files: str) -> ImageSet:
     labels = _labels(images)
-    listing = f"{name} {len(labels)} {hashlib.sha256(str(labels).encode()).hexdigest()}"
+    listing = f"{name} {len(labels)} {hashlib.sha256(str(labels).encode()).hexdigest()} {files}"
     digest = hashlib.sha256(listing.encode()).hexdigest()
     return ImageSet(
         name,
@@ -61,13 +63,22 @@ def _image_set(name: str, images: Dataset[Any], classes: int) -> ImageSet:
 
 
 def _from_torchvision(
-    name: str, make: Callable[[str], Dataset[Any]], train: Sequence[str], test: str
+    name: str, make: Callable[[str], Dataset[Any]], train: Sequence[str], test: str, files: str
 ) -> Pair:
     parts = [make(split) for split in train]
     fit: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
     held = make(test)
     classes = max(_labels(fit) + _labels(held)) + 1
-    return _image_set(f"{name}-train", fit, classes), _image_set(f"{name}-test", held, classes)
+    return (
+        _image_set(f"{name}-train", fit, classes, files),
+        _image_set(f"{name}-test", held, classes, files),
+    )
+
+
+def _files_of(folder: Path) -> str:
+    """Digest of every file below a set's folder, as torchvision has it there."""
+    found = (Path(at) / name for at, _, names in os.walk(folder) for name in names)
+    return listing_digest(sorted(found))
 
 
 def caltech101_train_rows(class_sizes: Sequence[int]) -> list[list[int]]:
@@ -100,8 +111,8 @@ def _caltech101(root: Path) -> Pair:
 
 def _sun397(root: Path) -> Pair:
     images = datasets.SUN397(str(root), download=False)
-    everything = _image_set("sun397", images, 397)
     folder = root / _FOLDERS["sun397"]
+    everything = _image_set("sun397", images, 397, _files_of(folder))
     row_of = {
         path.relative_to(folder).as_posix(): row for row, path in enumerate(images._image_files)
     }
@@ -133,7 +144,7 @@ def _by_name(name: str, root: Path) -> Pair:
         return _caltech101(root)
     if name == "sun397":
         return _sun397(root)
-    return _from_torchvision(name, *makers[name])
+    return _from_torchvision(name, *makers[name], _files_of(root / _FOLDERS[name]))
 
 
 def load_transfer_dataset(name: str, root: str | Path) -> Pair:

@@ -10,6 +10,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -98,12 +99,37 @@ class ImageFiles(Dataset[tuple[int, Tensor, bool]]):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def check_sizes(self, scale: float, patch_size: tuple[int, int]) -> None:
+        """Refuse pictures that are smaller than a patch, by their headers, before any is computed.
+
+        Raises:
+            ValueError: naming the first such file.
+        """
+        for path in self.paths:
+            width, height = _picture_size(path)
+            factor = min(1.0, (self.imsize or max(width, height)) / max(width, height)) * scale
+            # one pixel of grace for rounding: what is closer than that is named when its turn comes
+            if height * factor + 1 < patch_size[0] or width * factor + 1 < patch_size[1]:
+                raise ValueError(
+                    f"{path} has {height} x {width} pixels (height x width), which imsize={self.imsize} and "
+                    f"the smallest scale {scale:g} make smaller than one patch of {patch_size[0]} x "
+                    f"{patch_size[1]}: take it out, or choose larger ones"
+                )
+
     def __getitem__(self, index: int) -> tuple[int, Tensor, bool]:
         box = None if self.boxes is None else self.boxes[index]
         image, truncated = read_image(self.paths[index], self.imsize, box)
         pixels = transforms.to_dtype(transforms.to_image(image), torch.float32, scale=True)
         mean, std = map(list, self.statistics)
         return index, transforms.normalize(pixels, mean, std), truncated
+
+
+def _picture_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _shard_path(folder: Path, start: int) -> Path:
@@ -156,8 +182,11 @@ def extract_descriptors(
         loader, desc=name, unit="image", total=len(files), initial=len(files) - len(indices)
     )
     for index, image, is_truncated in progress:
-        with torch.inference_mode():
-            descriptor = global_descriptor(vit, image[None].to(device), scales)
+        try:
+            with torch.inference_mode():
+                descriptor = global_descriptor(vit, image[None].to(device), scales)
+        except ValueError as error:
+            raise ValueError(f"{files.paths[index]}: at scales {list(scales)} {error}") from error
         features.append(descriptor[0].cpu().numpy())
         if is_truncated:
             truncated.append(index)

@@ -27,7 +27,7 @@ from dinovmf_plugin.evaluation.retrieval.scores import (
 from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
 from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.runs.environment import pick_device, versions
-from dinovmf_plugin.runs.files import file_digest, write_file, write_json
+from dinovmf_plugin.runs.files import file_digest, listing_digest, write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
 
 __all__ = ["evaluate_retrieval"]
@@ -90,24 +90,32 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         "network": network.identity,
         "data": str(data.folder.resolve()),
         "ground_truth_sha256": file_digest(data.truth_path),
+        "images_digest": listing_digest(map(data.image_path, (*data.queries, *data.database))),
         "imsize": settings.imsize,
         "scales": [float(scale) for scale in settings.scales],
         "query_boxes": settings.query_boxes,
         "mean": list(network.statistics.mean),
         "std": list(network.statistics.std),
     }
+    files = {
+        kind: ImageFiles(
+            [data.image_path(name) for name in names], settings.imsize, crop, network.statistics
+        )
+        for kind, names, crop in (
+            ("queries", data.queries, boxes),
+            ("database", data.database, None),
+        )
+    }
+    patch_size: Any = vit.patch_embed.patch_size
+    for pictures in files.values():
+        pictures.check_sizes(min(settings.scales), patch_size)
     folder = open_run_folder(settings.output_dir, bound)
     features: dict[str, NDArray[np.float32]] = {}
     speed: dict[str, ExtractionReport] = {}
-    for kind, names, crop in (
-        ("queries", data.queries, boxes),
-        ("database", data.database, None),
-    ):
-        paths = [data.image_path(name) for name in names]
-        files = ImageFiles(paths, settings.imsize, crop, network.statistics)
+    for kind, pictures in files.items():
         features[kind], speed[kind] = extract_descriptors(
             vit,
-            files,
+            pictures,
             folder / "descriptors" / kind,
             scales=settings.scales,
             device=device,
@@ -115,7 +123,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
             name=f"{settings.dataset} {kind}",
         )
         for index in speed[kind]["truncated"]:
-            _log.warning("%s ends early; its missing part is grey", files.paths[index])
+            _log.warning("%s ends early; its missing part is grey", pictures.paths[index])
     database, queries = (torch.from_numpy(features[kind]) for kind in ("database", "queries"))
     ranks = rank_database(database, queries)
     results = {

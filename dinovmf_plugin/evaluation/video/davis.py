@@ -146,13 +146,21 @@ def _check_sequence(root: Path, resolution: str, name: str) -> VideoSequence:
     folder = root / "JPEGImages" / resolution / name
     if not folder.is_dir():
         raise FileNotFoundError(f"sequence {name}: there is no folder {folder}")
-    frames = sorted(folder.glob("*.jpg"))
+    frames = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     if len(frames) < 3:
         raise ValueError(
             f"sequence {name}: {folder} has {len(frames)} .jpg frames, at least 3 are needed (the "
             "first and the last are not scored)"
         )
-    annotations = [root / "Annotations" / resolution / name / f"{f.stem}.png" for f in frames]
+    stems = [frame.stem for frame in frames]
+    twice = next((frame for frame in frames if stems.count(frame.stem) > 1), None)
+    if twice is not None:
+        raise ValueError(f"sequence {name}: {twice} is there twice, under two suffixes")
+    masks = root / "Annotations" / resolution / name
+    upper = {path.name for path in masks.glob("*.PNG")}
+    annotations = [
+        masks / f"{stem}.PNG" if f"{stem}.PNG" in upper else masks / f"{stem}.png" for stem in stems
+    ]
     missing = [path for path in annotations if not path.is_file()]
     if missing:
         raise FileNotFoundError(

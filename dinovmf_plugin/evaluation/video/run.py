@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from dinovmf_plugin.evaluation.video.scores import score_sequence
 from dinovmf_plugin.evaluation.video.settings import VideoSettings
 from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.runs.environment import pick_device, versions
-from dinovmf_plugin.runs.files import write_file, write_json
+from dinovmf_plugin.runs.files import listing_digest, write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
 
 __all__ = ["evaluate_video_segmentation", "segment_sequence"]
@@ -116,11 +117,20 @@ def _sheet_path(folder: Path, sequence: davis.VideoSequence) -> Path:
     return folder / "contact_sheets" / f"{sequence.name}.png"
 
 
+def _animations(folder: Path, sequence: davis.VideoSequence) -> list[Path]:
+    return [folder / "animations" / f"{sequence.name}.{kind}" for kind in ("webp", "gif")]
+
+
 def _finished(folder: Path, sequence: davis.VideoSequence) -> bool:
-    """Whether an earlier run wrote the scores, which it does last, and every mask is still there."""
-    return _score_path(folder, sequence).is_file() and all(
-        path.is_file() for path in _mask_paths(folder, sequence)
-    )
+    """Whether an earlier run wrote the scores, which it does last, for these very files, and their masks."""
+    scores = _score_path(folder, sequence)
+    if not scores.is_file() or not all(path.is_file() for path in _mask_paths(folder, sequence)):
+        return False
+    return bool(json.loads(scores.read_text()).get("files_digest") == _files_digest(sequence))
+
+
+def _files_digest(sequence: davis.VideoSequence) -> str:
+    return listing_digest((*sequence.frames, *sequence.annotations))
 
 
 def _save_masks(folder: Path, sequence: davis.VideoSequence, masks: Sequence[Labels]) -> None:
@@ -144,7 +154,10 @@ def _run_sequence(
     on_frame: Callable[[], object],
     statistics: Statistics,
 ) -> None:
+    digest = _files_digest(sequence)
     masks, seconds = segment_sequence(vit, sequence, settings, device, on_frame, statistics)
+    for picture in (_sheet_path(folder, sequence), *_animations(folder, sequence)):
+        picture.unlink(missing_ok=True)  # of other frames under the same names
     _save_masks(folder, sequence, masks)
     truth = [davis.read_annotation(path) for path in sequence.annotations]
     begun = time.perf_counter()
@@ -152,6 +165,7 @@ def _run_sequence(
     seconds["scoring"] = (time.perf_counter() - begun) / len(truth)
     result = {
         "sequence": sequence.name,
+        "files_digest": digest,
         "frames": len(sequence.frames),
         "objects": scores,
         "copy_first_mask": score_sequence([truth[0]] * len(truth), truth),

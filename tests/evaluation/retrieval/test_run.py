@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import runpy
 import sys
@@ -346,3 +347,25 @@ def test_foreign_output_folder__untouched(tmp_path, data, checkpoint):
     with pytest.raises(ValueError, match="is not empty and has no settings.json"):
         evaluate_retrieval(settings(data, checkpoint, tmp_path / "out"))
     assert (tmp_path / "out" / "results.json").read_text() == "mine"
+
+
+def test_another_picture_under_the_same_name__refused_with_the_key(tmp_path, data, checkpoint):
+    evaluate_retrieval(settings(data, checkpoint, tmp_path / "out"))
+    evaluate_retrieval(settings(data, checkpoint, tmp_path / "out"))
+    path = data / "jpg" / "abbey_000000.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + content[-2:])
+    os.utime(path, ns=(10**18, 10**18))
+    with pytest.raises(ValueError, match="results of other settings .*images_digest was"):
+        evaluate_retrieval(settings(data, checkpoint, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("size", "scales"), [((12, 5), [1.0]), ((14, 14), [1.0, 0.5])])
+def test_a_picture_smaller_than_a_patch__is_named_before_computing(
+    tmp_path, data, checkpoint, size, scales, monkeypatch
+):
+    picture(np.random.default_rng(0), 0, size).save(data / "jpg" / "castle_000003.jpg")
+    if min(size) * min(scales) + 1 < 8:
+        monkeypatch.setattr(descriptors, "global_descriptor", lambda *_: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=r"castle_000003\.jpg.* smaller than one patch of 8 x 8"):
+        evaluate_retrieval(settings(data, checkpoint, tmp_path / "out", scales=scales))

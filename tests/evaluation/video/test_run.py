@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -313,3 +314,35 @@ def test_animation__gif_and_unknown(tmp_path, source):
         assert animation.n_frames == 3
     with pytest.raises(ValueError, match="must end in .webp or .gif"):
         save_animation(tmp_path / "a.mp4", frames, truth, truth)
+
+
+def test_another_frame_under_the_same_name__is_computed_again(tmp_path, data, checkpoint):
+    given = settings(data, checkpoint, tmp_path / "out", contact_sheet=True)
+    first = evaluate_video_segmentation(given)
+    sheets = tmp_path / "out" / "contact_sheets"
+    before = {path.name: path.read_bytes() for path in sheets.iterdir()}
+    assert evaluate_video_segmentation(given)["computed_sequences"] == []
+    for frame in (data / "JPEGImages" / "480p" / "moving-01").iterdir():
+        with Image.open(frame) as image:
+            Image.fromarray(np.random.default_rng(0).permutation(np.asarray(image))).save(frame)
+    again = evaluate_video_segmentation(given)
+    assert again["computed_sequences"] == ["moving-01"]
+    fresh = evaluate_video_segmentation(settings(data, checkpoint, tmp_path / "fresh"))
+    assert again["scores"] == pytest.approx(fresh["scores"])
+    assert again["scores"] != first["scores"]
+    changed = {path.name for path in sheets.iterdir() if path.read_bytes() != before[path.name]}
+    assert changed == {"moving-01.png"}
+    os.utime(annotation(data), ns=(0, 0))
+    assert evaluate_video_segmentation(given)["computed_sequences"] == ["moving-00"]
+
+
+def test_frames_with_capital_suffixes__are_frames(tmp_path, data, checkpoint):
+    plain = evaluate_video_segmentation(settings(data, checkpoint, tmp_path / "a"))
+    for path in sorted(data.rglob("*.jpg")) + sorted(data.rglob("*.png")):
+        path.rename(path.with_suffix(path.suffix.upper()))
+    capital = evaluate_video_segmentation(settings(data, checkpoint, tmp_path / "b"))
+    assert capital["scores"] == plain["scores"]
+    frame = data / "JPEGImages" / "480p" / "moving-00" / "00000.JPG"
+    shutil.copy(frame, frame.with_suffix(".jpg"))
+    with pytest.raises(ValueError, match=r"00000\.JPG is there twice, under two suffixes"):
+        evaluate_video_segmentation(settings(data, checkpoint, tmp_path / "c"))
