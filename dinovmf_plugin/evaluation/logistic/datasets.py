@@ -19,7 +19,7 @@ from torchvision import datasets
 
 from dinovmf_plugin.features.images import DatasetSource, ImageSet, image_folder
 from dinovmf_plugin.report.paper import TABLE_5
-from dinovmf_plugin.runs.folder import listing_digest
+from dinovmf_plugin.runs.files import listing_digest
 
 __all__ = ["MEAN_PER_CLASS", "caltech101_train_rows", "load_transfer_dataset"]
 
