@@ -173,14 +173,14 @@ def _attention(
     return paths
 
 
-def check_utf8(images: Images) -> None:
+def check_utf8(images: ImageSet) -> None:
     """Refuse names that Parquet cannot hold, before any computing.
 
     Raises:
         ValueError: naming the first file whose name is no UTF-8.
     """
     for index in range(len(images)):
-        path = images.folder.path(index)
+        path = images.path(index)
         try:
             os.fsencode(path).decode("utf-8")
         except UnicodeDecodeError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -209,6 +211,32 @@ def test_official_checkpoint__and_a_plain_folder(tmp_path, official_checkpoint, 
     assert set(table["class"]) == {""}
     images, _ = check_page(tmp_path / "out" / "analysis.html")
     assert images == 6 + 3 + 2 * 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [(b"L" * 248 + b".png", "parquet"), (b"caf\xe9.png", "csv")]
+)
+def test_legal_file_names__long_or_no_utf8__are_analysed(
+    tmp_path, official_checkpoint, image_folders, name, table
+):
+    """252 bytes are legal; a temporary file named after one is not, nor a map with its index before it."""
+    shutil.copytree(image_folders / "flat", tmp_path / "flat")
+    first = sorted((tmp_path / "flat").iterdir())[0]
+    os.rename(first, os.fsencode(tmp_path / "flat") + b"/" + name)
+    options = (
+        f"checkpoint={official_checkpoint}",
+        f"data.train_path={tmp_path}/flat",
+        "data.num_workers=0",
+        "utilization.components=false",
+        f"attention.path={tmp_path}/flat",
+    )
+    result = analyze(configured(*options, f"output_dir={tmp_path}/out", f"table={table}"))
+    assert len(result["attention"]) == 3
+    assert (tmp_path / "out" / "analysis.html").is_file()
+    if table == "csv":
+        with pytest.raises(ValueError, match=r"table=parquet cannot hold the file name .*caf\\xe9"):
+            analyze(configured(*options, f"output_dir={tmp_path}/other", "table=parquet"))
+        assert not (tmp_path / "other").exists()
 
 
 def test_assign__is_the_arg_max_of_the_model(plugin_checkpoint):
