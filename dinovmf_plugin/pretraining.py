@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dinovmf_plugin import host, registry
-from dinovmf_plugin.checkpoints.resumable import check_resumable
+from dinovmf_plugin.checkpoints.reading import read_file
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import ResumableLoader
@@ -30,6 +31,8 @@ from dinovmf_plugin.training.checkpointer import (
 )
 from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.progress import LossProgressBar
+from dinovmf_plugin.training.resuming import check_content, check_tensors
+from dinovmf_plugin.training.stored_config import StoredConfig
 
 __all__ = ["LoaderWorkerError", "PretrainDataModule", "build_method", "build_trainer", "pretrain"]
 
@@ -45,6 +48,7 @@ class PretrainDataModule(LightningDataModule):
         super().__init__()
         self.cfg = cfg
         self.training: ResumableLoader | None = None
+        self.validation: Any = None
 
     def _place(self) -> dict[str, Any]:
         assert self.trainer is not None
@@ -55,8 +59,10 @@ class PretrainDataModule(LightningDataModule):
         }
 
     def train_dataloader(self) -> Any:
-        """This rank's share of the crops."""
+        """This rank's share of the crops; what later epochs need is looked at here, too."""
         self.training = pretrain_loader(self.cfg, **self._place())
+        if self.cfg.data.val_path is not None and not self.cfg.data.no_labels:
+            self.validation = validation_loader(self.cfg, **self._place())
         return self.training
 
     def close(self) -> None:
@@ -66,9 +72,7 @@ class PretrainDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Centre crops for the online classifier and kNN; nothing without labels."""
-        if self.cfg.data.val_path is None or self.cfg.data.no_labels:
-            return []
-        return validation_loader(self.cfg, **self._place())
+        return [] if self.validation is None else self.validation
 
 
 def build_method(cfg: DictConfig) -> Any:
@@ -225,6 +229,25 @@ def _resume_path(cfg: DictConfig) -> tuple[str | None, Path]:
     return str(path), folder
 
 
+def _check_resumable(path: str, cfg: DictConfig, model: Any) -> None:
+    """Refuse a file that cannot be resumed before anything is started.
+
+    Raises:
+        ValueError: one sentence that names the file and what is wrong with it.
+    """
+    try:
+        content = read_file(path, mapped=True)
+        check_content(content, path, cfg.max_epochs)
+        if isinstance(model, StoredConfig):
+            model.check_checkpoint(content)
+        else:
+            check_tensors(content["state_dict"], model)
+    except ValueError as error:
+        named = f"resume_from_checkpoint={path}" if path == cfg.resume_from_checkpoint else path
+        told = str(error).removeprefix(path)
+        raise ValueError(f"{named}{told if told != str(error) else f': {error}'}") from error
+
+
 def pretrain(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Path | None:
     """Check the config and the data, then train.
 
@@ -255,8 +278,8 @@ def _pretrain(cfg: DictConfig, callbacks: Sequence[Callback]) -> Path | None:
     make_folder(folder, cfg)
     seed_everything(cfg.seed, verbose=False)
     model = build_method(cfg)
-    if resume is not None and cfg.resume_from_checkpoint is not None:
-        check_resumable(resume, model)
+    if resume is not None:
+        _check_resumable(resume, cfg, model)
     if not cfg.performance.disable_channel_last and not cfg.backbone.name.startswith("vit_"):
         model = model.to(memory_format=torch.channels_last)  # convolutions follow their weights
     trainer = build_trainer(cfg, callbacks)
@@ -268,6 +291,8 @@ def _pretrain(cfg: DictConfig, callbacks: Sequence[Callback]) -> Path | None:
     data = PretrainDataModule(cfg)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own text advises weights_only=False
+        raise ValueError(f"{resume} holds pickled objects other than weights") from error
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,94 @@ def test_resume_from_checkpoint__missing_file__named(pictures, tmp_path):
     cfg = _recipe(pictures, tmp_path, f"resume_from_checkpoint={tmp_path / 'no.ckpt'}")
     with pytest.raises(FileNotFoundError, match=r"resume_from_checkpoint=.*no\.ckpt is not a file"):
         pretrain(cfg)
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch PWNED",)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("hello", ["not a readable PyTorch checkpoint"]),
+        ("", ["is empty"]),
+        (torch.zeros(3), ["holds a Tensor"]),
+        ({"student": {}, "teacher": {}, "epoch": 3}, ["it holds student, teacher", "init_from"]),
+        (
+            {"state_dict": {"fc.weight": torch.zeros(2)}},
+            ["no optimizer_states, loops", "init_from"],
+        ),
+        ({"x": Evil()}, ["pickled objects other than weights"]),
+    ],
+)
+def test_resume_from_checkpoint__what_cannot_be_resumed__one_sentence(
+    pictures, tmp_path, monkeypatch, content, words
+):
+    path = tmp_path / "given.ckpt"
+    path.write_text(content) if isinstance(content, str) else torch.save(content, path)
+    before = path.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"^resume_from_checkpoint={path}") as caught:
+        pretrain(_recipe(pictures, tmp_path / "runs", f"resume_from_checkpoint={path}"))
+    for word in (*words, str(path)):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.rglob("PWNED"))
+
+
+def test_resume_from_checkpoint__foreign_run_and_too_few_epochs__one_sentence(pictures, tmp_path):
+    path = pretrain(_recipe(pictures, tmp_path / "first"))
+    content = torch.load(path, weights_only=True)
+    given = f"resume_from_checkpoint={path}"
+    fewer = (given, "max_epochs=1", "scheduler.warmup_epochs=0")
+    with pytest.raises(
+        ValueError, match=r"max_epochs=1 is less than the 2 epochs that .*ep1\.ckpt"
+    ):
+        pretrain(_recipe(pictures, tmp_path / "fewer", *fewer))
+    del content["dinovmf_plugin"]  # any other project's
+    content["state_dict"] = {"layer.weight": torch.zeros(3)}
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save(content, foreign)
+    with pytest.raises(ValueError, match=r"foreign\.ckpt: the checkpoint is of another network: "):
+        pretrain(_recipe(pictures, tmp_path / "new", f"resume_from_checkpoint={foreign}"))
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "unknown class", "unreadable"])
+def test_validation_images__looked_at_before_the_first_step(pictures, tmp_path, case):
+    val = tmp_path / "val"
+    if case != "missing":
+        (val / ("c" if case == "unknown class" else "a")).mkdir(parents=True)
+    if case == "unknown class":
+        Image.new("RGB", (40, 40)).save(val / "c" / "0.png")
+    if case == "unreadable":
+        (val / "a" / "0.png").write_bytes(b"no picture")
+    steps: list[int] = []
+
+    class Count(Callback):
+        def on_train_batch_end(self, trainer, *_: Any) -> None:
+            steps.append(trainer.global_step)
+
+    recipe = _recipe(
+        pictures, tmp_path / "runs", f"data.val_path={val}", "check_val_every_n_epoch=2"
+    )
+    with pytest.raises((ValueError, OSError, RuntimeError)) as caught:
+        pretrain(recipe, callbacks=[Count()])
+    assert "val" in str(caught.value)
+    assert steps == []
+
+
+def test_trainer_refuses_an_argument__the_reason_comes_first(pictures, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^Lightning's Trainer refuses this: .{0,90}precision"
+    ) as caught:
+        pretrain(_recipe(pictures, tmp_path, "precision=7-bit"))
+    assert "precision='7-bit'" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,8 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 
 from dinovmf_plugin import host
-from dinovmf_plugin.checkpoints.resumable import check_resumable
-from dinovmf_plugin.pretraining import build_method, pretrain
+from dinovmf_plugin.pretraining import pretrain
 from dinovmf_plugin.runs.cli import is_expected
-from dinovmf_plugin.training.config import parse_cfg
 
 
 @pytest.fixture(scope="module")
@@ -60,40 +58,6 @@ def _sentence(cfg: Any) -> str:
     assert "\n" not in message.strip()
     assert message.strip()
     return message
-
-
-FILES: dict[str, Any] = {
-    "text.ckpt": (b"hello", "is not a readable PyTorch checkpoint"),
-    "empty.ckpt": (b"", "is empty"),
-    "tensor.ckpt": (torch.zeros(3), "holds a Tensor"),
-    "foreign.ckpt": ({"state_dict": {}}, "is no training checkpoint: it has no optimizer_states"),
-    "dino.pth": ({"teacher": {}, "epoch": 3}, "method_kwargs.init_from="),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_resume__no_training_checkpoint__named(recipe, tmp_path, name):
-    content, reason = FILES[name]
-    path = tmp_path / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    message = _sentence(recipe(f"resume_from_checkpoint={path}"))
-    assert message.startswith(f"resume_from_checkpoint={path} ")
-    assert reason in message
-    assert "weights_only" not in message
-
-
-def test_resume__another_model__its_first_tensor_named(recipe, tmp_path):
-    last = pretrain(recipe())
-    other = recipe(
-        f"resume_from_checkpoint={last}", "method_kwargs.num_prototypes=48", "max_epochs=2"
-    )
-    message = _sentence(other)
-    assert f"resume_from_checkpoint={last} is of another model: " in message
-    assert "centering.center has the shape (1, 32) in it and (1, 48) in this run" in message
-    check_resumable(last, build_method(parse_cfg(recipe())))
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,14 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
     return f"{path} is not a readable PyTorch checkpoint (truncated, corrupt or of another kind){reason}"
 
 
-def read_file(path: str | Path) -> dict[str, Any]:
+def read_file(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """Content of a ``.safetensors``, ``.pth``, ``.pth.tar`` or ``.ckpt`` file, on the CPU.
 
     PyTorch files are read with ``weights_only=True``: tensors and plain containers, nothing else.
 
     Args:
         path: a file, or a folder with ``model.safetensors``.
+        mapped: leave tensors on the disk until they are used, where the format can.
 
     Returns:
         The stored dictionary; a safetensors file becomes ``{"state_dict": .., "config": ..}``, the
@@ -126,7 +127,8 @@ def read_file(path: str | Path) -> dict[str, Any]:
         return _read_safetensors(path)
     try:
         with torch.serialization.safe_globals(_safe_globals()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = mapped and zipfile.is_zipfile(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises a dozen types for broken files
         raise ValueError(_why_unreadable(path, error)) from error
     if not isinstance(content, dict):

@@ -27,7 +27,7 @@ from dinovmf_plugin.methods.acceleration import (
 from dinovmf_plugin.methods.probes import OnlineProbes
 from dinovmf_plugin.methods.settings import MethodSettings, check_backbone, check_strategy
 from dinovmf_plugin.runs.settings import read
-from dinovmf_plugin.training import optimization
+from dinovmf_plugin.training import optimization, resuming
 from dinovmf_plugin.training.late import LateNumber
 from dinovmf_plugin.training.records import REMEDY, NonFiniteLossError, StepRecord
 from dinovmf_plugin.training.seeding import SeededSteps
@@ -79,7 +79,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         super().__init__(cfg)
         self.settings: Any = read(self.settings_class, self.cfg.method_kwargs, "method_kwargs.")
         self.last_step: StepRecord | None = None
-        self._step_of_last_update = 0
+        self._step_of_last_update = self._schedule_offset = 0
         self._pending_loss: LateNumber | None = None
         self.last_loss: float | None = None  # for the progress bar
         backbones.disable_drop_path(self.momentum_backbone)
@@ -272,13 +272,14 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         groups = self.parameter_groups()
         for group in groups:
             group["peak_lr"] = group.get("lr", self.lr)
-        return optimization.make_optimizer(
+        optimizer = optimization.make_optimizer(
             self._OPTIMIZERS[self.cfg.optimizer.name],
             groups,
             lr=self.lr,
             weight_decay=self.weight_decay,
             **self.extra_optimizer_args,
         )
+        return resuming.keep_configured_values(optimizer)
 
     @property
     def total_steps(self) -> int:
@@ -290,13 +291,30 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         """Length of the schedules of learning rate, weight decay and EMA, in optimiser steps."""
         return self.total_steps
 
+    def schedule_step(self, step: int) -> int:
+        """Where the schedules stand at optimiser step ``step`` of this epoch (counted from 0 over the run).
+
+        Epoch times steps per epoch, as in the official code, not the number of steps done: a run that goes on
+        with another batch size, or left an epoch early, stays at its epoch's part of the schedules.
+        """
+        return step + self._schedule_offset
+
+    def _find_schedule_offset(self, batch_idx: int) -> int:
+        batches = self.trainer.num_training_batches
+        if not math.isfinite(batches):  # a loader without a length
+            return 0
+        accumulated = self.trainer.accumulate_grad_batches
+        position = self.current_epoch * math.ceil(batches / accumulated) + batch_idx // accumulated
+        return int(position - self.trainer.global_step)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set learning rate and weight decay of the coming optimiser step, and seed drop path."""
         self.seed_batch(batch_idx)
+        self._schedule_offset = self._find_schedule_offset(batch_idx)
         final = self.settings.final_weight_decay
         optimization.update_schedules(
             self.optimizers(use_pl_optimizer=False),
-            self.trainer.global_step,
+            self.schedule_step(self.trainer.global_step),
             self.schedule_steps,
             min_lr=self.min_lr,
             warmup_steps=round(self.warmup_epochs * self.total_steps / self.max_epochs),
@@ -336,7 +354,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
 
     def teacher_momentum(self, step: int) -> float:
         """EMA coefficient after optimiser step ``step`` (counted from 0)."""
-        momentum = self.cfg.momentum
+        momentum, step = self.cfg.momentum, self.schedule_step(step)
         return schedules.cosine(step, self.schedule_steps, momentum.base_tau, momentum.final_tau)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

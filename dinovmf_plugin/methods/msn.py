@@ -200,7 +200,7 @@ class MSN(SelfDistillation):
 
     def teacher_momentum(self, step: int) -> float:
         """EMA coefficient after optimiser step ``step``: a straight line, cut off before its end."""
-        momentum = self.cfg.momentum
+        momentum, step = self.cfg.momentum, self.schedule_step(step)
         return schedules.linear(step, self.schedule_steps, momentum.base_tau, momentum.final_tau)
 
     def adjust_gradients(self) -> None:

@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin._version import __version__
+from dinovmf_plugin.training import resuming
 from dinovmf_plugin.training.records import REMEDY, NonFiniteLossError
 
-__all__ = ["StoredConfig"]
+__all__ = ["ResumedOtherwiseWarning", "StoredConfig"]
+
+
+class ResumedOtherwiseWarning(UserWarning):
+    """A run goes on with other values than those that its checkpoint was trained with."""
 
 
 class StoredConfig:
@@ -36,29 +42,29 @@ class StoredConfig:
         cfg = OmegaConf.to_container(self.cfg, resolve=True)
         checkpoint["dinovmf_plugin"] = {"version": __version__, "cfg": cfg}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method or shape before any weight is touched.
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> str | None:
+        """Whether this run can go on from a checkpoint.
+
+        Returns:
+            What differs from it without harm, in one sentence; None if nothing does.
 
         Raises:
-            ValueError: naming the key that differs.
+            ValueError: naming the key or the tensor that differs.
         """
         saved = checkpoint.get("dinovmf_plugin", {}).get("cfg")
-        if saved is None:
-            return
-        # the centre of one centring means nothing to another
-        keys = (
-            "proj_hidden_dim",
-            "proj_output_dim",
-            "num_prototypes",
-            "normalization",
-            "centering",
-            "center_raw_scores",  # its unit
-        )
-        for key in ("method", "backbone.name", *(f"method_kwargs.{key}" for key in keys)):
-            old = OmegaConf.select(OmegaConf.create(saved), key)
-            new = OmegaConf.select(self.cfg, key)
-            if old != new:
-                raise ValueError(
-                    f"{key}={new!r} differs from the checkpoint's {old!r}: resume with the same value, "
-                    "or start a new run (weights alone: method_kwargs.init_from)"
-                )
+        told = None
+        if saved is not None:
+            now = OmegaConf.to_container(self.cfg, resolve=True)
+            told = resuming.compare_configs(checkpoint, saved, now)
+        resuming.check_tensors(checkpoint["state_dict"], self)  # type: ignore[arg-type]
+        return told
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method or shape before any weight is touched; tell other changes.
+
+        Raises:
+            ValueError: see ``check_checkpoint``.
+        """
+        told = self.check_checkpoint(checkpoint)
+        if told is not None:
+            rank_zero_warn(told, category=ResumedOtherwiseWarning, stacklevel=2)

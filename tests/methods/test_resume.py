@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dinovmf_plugin.methods.base import NonFiniteLossError
 from dinovmf_plugin.training.checkpointer import find_checkpoint, is_whole
+from dinovmf_plugin.training.stored_config import ResumedOtherwiseWarning
 
 
 class PowerLoss(Exception):
@@ -124,6 +126,87 @@ def test_other_seed__other_drop_path(tiny_cfg, crop_loader, build, fit, tmp_path
     assert losses[0] == losses[1]
     assert abs(losses[0][0] - losses[2][0]) > 1e-3
     assert abs(losses[0][0] - losses[0][1]) > 1e-3
+
+
+# ---- other values than the checkpoint's ------------------------------------------------------------
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "steps"), [(2, 1, 2), (4, 1, 4), (6, 1, 6), (4, 2, 2), (3, 2, 2)]
+)
+def test_resumed_with_other_steps_in_an_epoch__schedules_go_on_by_epochs(
+    tiny_cfg, crop_loader, build, fit, tmp_path, batches, accumulate, steps
+):
+    """Learning rate, weight decay and EMA of epoch 3 of 4, whatever the batch size was before."""
+
+    class Momenta(Callback):
+        def __init__(self) -> None:
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+            self.seen.append(module.teacher_momentum(trainer.global_step - 1))
+
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, module) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    cfg = _cfg(tiny_cfg, tmp_path, **{"momentum.base_tau": 0.9})
+    fit(build(copy.deepcopy(cfg)), crop_loader(2), callbacks=[Stop()])
+    module, log, momenta = build(copy.deepcopy(cfg)), Log(), Momenta()
+    fit(
+        module,
+        crop_loader(batches),
+        callbacks=[log, momenta],
+        ckpt_path=find_checkpoint(module.cfg),
+        accumulate_grad_batches=accumulate,
+    )
+    assert len(log.steps) == 2 * batches
+    peak, total = module.optimizers(use_pl_optimizer=False).param_groups[0]["peak_lr"], 4 * steps
+    for number, (record, momentum) in enumerate(zip(log.steps, momenta.seen, strict=True)):
+        epoch, batch = 2 + number // batches, number % batches
+        done = epoch * steps + batch // accumulate  # as of a run that always had these steps
+        group = record[-1][0]
+        rate = _cosine(peak, module.min_lr, (done - steps) / (total - steps))
+        assert group["lr"] == pytest.approx(rate, rel=1e-9), number
+        decay = _cosine(module.weight_decay, 0.4, done / total)
+        assert group["weight_decay"] == pytest.approx(decay, rel=1e-9), number
+        if (batch + 1) % accumulate == 0 or batch + 1 == batches:  # the teacher moves
+            assert momentum == pytest.approx(_cosine(0.9, 1.0, done / total), rel=1e-9), number
+
+
+def test_resumed_with_other_rates__they_count_and_are_told(
+    tiny_cfg, crop_loader, build, fit, tmp_path
+):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, module) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    first = build(_cfg(tiny_cfg, tmp_path))
+    fit(first, crop_loader(2), callbacks=[Stop()])
+    changes = {
+        "optimizer.lr": 0.5,
+        "optimizer.weight_decay": 0.3,
+        "optimizer.kwargs.betas": [0.5, 0.6],
+    }
+    changes |= {"method_kwargs.final_weight_decay": None, "scheduler.name": "none"}
+    second, log = build(_cfg(tiny_cfg, tmp_path / "other", **changes)), Log()
+    with pytest.warns(ResumedOtherwiseWarning) as told:
+        trainer = fit(second, crop_loader(2), callbacks=[log], ckpt_path=find_checkpoint(first.cfg))
+    (sentence,) = [str(w.message) for w in told if w.category is ResumedOtherwiseWarning]
+    assert "optimizer.lr=0.5 (was " in sentence
+    assert "optimizer.weight_decay=0.3 (was " in sentence
+    assert all(step[-1][0]["lr"] == 0.5 for step in log.steps)
+    assert all(step[-1][0]["weight_decay"] == 0.3 for step in log.steps)
+    (state,) = trainer.optimizers[0].param_groups[:1]
+    assert tuple(state["betas"]) == (0.5, 0.6)
+    written = torch.load(find_checkpoint(second.cfg), weights_only=True)
+    assert written["dinovmf_plugin"]["cfg"]["optimizer"]["lr"] == 0.5
+    assert written["optimizer_states"][0]["param_groups"][0]["lr"] == 0.5
+    assert written["global_step"] == 8
 
 
 # ---- what a checkpoint holds ---------------------------------------------------------------------
