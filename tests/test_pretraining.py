@@ -228,15 +228,6 @@ def test_validation_images__looked_at_before_the_first_step(pictures, tmp_path, 
     assert steps == []
 
 
-def test_trainer_refuses_an_argument__the_reason_comes_first(pictures, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"^Lightning's Trainer refuses this: .{0,90}precision"
-    ) as caught:
-        pretrain(_recipe(pictures, tmp_path, "precision=7-bit"))
-    assert "precision='7-bit'" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("override", "words"),
     [

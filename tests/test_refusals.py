@@ -12,8 +12,9 @@ from hydra import compose, initialize_config_module
 from PIL import Image
 
 from dinovmf_plugin import host
-from dinovmf_plugin.pretraining import pretrain
+from dinovmf_plugin.pretraining import build_method, pretrain
 from dinovmf_plugin.runs.cli import is_expected
+from dinovmf_plugin.training.config import parse_cfg
 
 
 @pytest.fixture(scope="module")
