@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinovmf_plugin.core import vmf
+from dinovmf_plugin.core.triton_use import triton_serves
 
 __all__ = ["NORMALIZATIONS", "Normalization", "Prototypes"]
 
@@ -117,6 +118,10 @@ class Prototypes(nn.Module):
         """``D(kappa_k)``, ``(K,)`` in float32 for ``vmf``; None otherwise."""
         if self.normalization != "vmf":
             return None
+        if self.order == 0 and vmf.expands(self.dim) and triton_serves(self.weight_g):
+            from dinovmf_plugin.core.vmf_kernel import FusedLogNormalizer
+
+            return FusedLogNormalizer.apply(self.weight_g.squeeze(-1), temperature, self.dim)  # type: ignore[no-any-return]
         return vmf.log_normalizer(self.concentration(temperature), self.dim, order=self.order)
 
     def scores(self, y: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 __all__ = [
     "exact_log_normalizer",
+    "expands",
     "log_density",
     "log_normalizer",
     "mean_resultant_length",
@@ -105,6 +106,11 @@ def _by_recurrence(kappa: Tensor, nu: float) -> Tensor:
         out = out - torch.log1p(q / (2 * n))
         q = x * (x / (2 * n + q))
     return out.to(kappa.dtype)
+
+
+def expands(dim: int) -> bool:
+    """Whether ``log_normalizer`` is the paper's expansion in this dimension, not the exact recurrence."""
+    return dim >= _EXACT_BELOW
 
 
 def log_normalizer(kappa: Tensor, dim: int, *, order: int = 0) -> Tensor:

@@ -8,15 +8,14 @@ turns it off.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinovmf_plugin.core.triton_use import triton_serves
 from dinovmf_plugin.losses.arithmetic import add_product
 from dinovmf_plugin.losses.streamed import refuse_second_derivative
 
@@ -35,11 +34,9 @@ def serves(weight: Tensor, operand: torch.dtype) -> bool:
     gradient's small factors to zero.
     """
     return (
-        weight.is_cuda
-        and operand == torch.bfloat16
+        operand == torch.bfloat16
         and weight.shape[1] <= _LARGEST_DIM
-        and os.environ.get("DINOVMF_TRITON", "1") != "0"
-        and _has_triton()
+        and triton_serves(weight)
         and _shared_memory(weight.device) >= _SHARED_MEMORY
     )
 
@@ -48,11 +45,6 @@ def serves(weight: Tensor, operand: torch.dtype) -> bool:
 def _shared_memory(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", 0))
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
