@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -30,6 +29,7 @@ from dinovmf_plugin.training.checkpointer import (
     make_folder,
 )
 from dinovmf_plugin.training.config import parse_cfg
+from dinovmf_plugin.training.loggers import RunIds, build_loggers, log_config, stored_run_ids
 from dinovmf_plugin.training.progress import LossProgressBar
 from dinovmf_plugin.training.resuming import check_content, check_tensors
 from dinovmf_plugin.training.stored_config import StoredConfig
@@ -168,28 +168,28 @@ def _check_optimizer(model: Any, cfg: DictConfig) -> None:
         ) from error
 
 
-def _logger(cfg: DictConfig) -> Logger:
-    folder = Path(cfg.checkpoint.folder)
-    if not cfg.wandb.enabled:
-        return CSVLogger(folder, name="metrics")  # version_0, _1 .. : a resumed run adds one
-    from lightning.pytorch.loggers import WandbLogger
+def build_trainer(
+    cfg: DictConfig,
+    callbacks: Sequence[Callback] = (),
+    run_ids: Mapping[str, str] | None = None,
+) -> Trainer:
+    """A Lightning Trainer from the config's own keys (those that ``Trainer`` knows), with its loggers.
 
-    options = {k: cfg.wandb[k] for k in ("project", "entity", "offline") if k in cfg.wandb}
-    return WandbLogger(name=cfg.name, save_dir=str(folder), **options)
-
-
-def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """A Lightning Trainer from the config's own keys (those that ``Trainer`` knows).
+    Args:
+        cfg: a parsed config with ``checkpoint.folder``.
+        callbacks: further Lightning callbacks.
+        run_ids: ids of the resumed run at wandb and MLflow.
 
     Raises:
         ValueError: if it refuses one of them.
+        ImportError: if the package of an enabled logger is not installed.
     """
     known = inspect.signature(Trainer.__init__).parameters
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     kwargs = {name: plain[name] for name in known if name in plain}
     progress = cfg.get("enable_progress_bar", True)
     kwargs.update(
-        logger=_logger(cfg),
+        logger=build_loggers(cfg, Path(cfg.checkpoint.folder), run_ids) or False,
         callbacks=[*callbacks, *([LossProgressBar()] if progress else [])],
         enable_checkpointing=False,
         use_distributed_sampler=False,
@@ -198,7 +198,7 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
         num_sanity_val_steps=0,
     )
     try:
-        return Trainer(**kwargs)
+        trainer = Trainer(**kwargs)
     except (MisconfigurationException, TypeError, ValueError) as error:
         reason = str(error).strip()
         given = {name: f"{name}={plain[name]!r}" for name in known if name in plain}
@@ -207,6 +207,8 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> Traine
         raise ValueError(
             f"Lightning's Trainer refuses {', '.join(meant) or 'the recipe'}: {' '.join(reason.split())}"
         ) from error
+    log_config(trainer.loggers, cfg, run_ids or {})
+    return trainer
 
 
 def _resume_path(cfg: DictConfig) -> tuple[str | None, Path]:
@@ -282,12 +284,12 @@ def _pretrain(cfg: DictConfig, callbacks: Sequence[Callback]) -> Path | None:
         _check_resumable(resume, cfg, model)
     if not cfg.performance.disable_channel_last and not cfg.backbone.name.startswith("vit_"):
         model = model.to(memory_format=torch.channels_last)  # convolutions follow their weights
-    trainer = build_trainer(cfg, callbacks)
+    trainer = build_trainer(cfg, callbacks, stored_run_ids(folder))
     if cfg.debug_augmentations:
         for number, crop in enumerate(parse_recipe(cfg.augmentations, dataset=cfg.data.dataset), 1):
             print(f"crop {number}: {crop}")
     if cfg.method not in registry.method_classes() and cfg.checkpoint.enabled:
-        trainer.callbacks.append(Checkpointer(cfg))  # type: ignore[attr-defined]
+        trainer.callbacks += [Checkpointer(cfg), RunIds()]  # type: ignore[attr-defined]
     data = PretrainDataModule(cfg)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)

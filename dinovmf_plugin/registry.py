@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 __all__ = ["method_classes", "register"]
@@ -23,6 +24,15 @@ def method_classes() -> dict[str, type[Any]]:
     }
 
 
+def _find_run(cfg: Any) -> tuple[Path | None, str | None]:
+    """The newest whole checkpoint of exactly this run and its id at wandb; None where there is none."""
+    from dinovmf_plugin.training.checkpointer import choose_folder, find_checkpoint
+    from dinovmf_plugin.training.loggers import stored_run_ids
+
+    path = find_checkpoint(cfg)
+    return path, stored_run_ids(choose_folder(cfg, path)).get("wandb")
+
+
 def register() -> list[str]:
     """Put the plugin's methods into ``solo.methods.METHODS``; calling it again changes nothing.
 
@@ -35,6 +45,7 @@ def register() -> list[str]:
     """
     from dinovmf_plugin import host
     from dinovmf_plugin.host.data import patch_data
+    from dinovmf_plugin.host.resuming import patch_auto_resume
 
     classes = method_classes()
     for name in classes:
@@ -46,4 +57,5 @@ def register() -> list[str]:
             )
     host.METHODS.update(classes)
     patch_data()
+    patch_auto_resume(tuple(classes), _find_run)
     return sorted(classes)

@@ -26,6 +26,7 @@ from dinovmf_plugin.methods.acceleration import (
 )
 from dinovmf_plugin.methods.probes import OnlineProbes
 from dinovmf_plugin.methods.settings import MethodSettings, check_backbone, check_strategy
+from dinovmf_plugin.methods.solo_keys import read_solo_keys
 from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training import optimization, resuming
 from dinovmf_plugin.training.late import LateNumber
@@ -96,6 +97,8 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         """
         cfg = BaseMomentumMethod.add_and_assert_specific_cfg(cfg)
         given: Any = OmegaConf.to_container(cfg.method_kwargs, resolve=True) or {}
+        own = str(cls.default_settings.get("normalization", cls.settings_class.normalization))
+        given = read_solo_keys(given, cfg.method, own)
         settings = read(cls.settings_class, {**cls.default_settings, **given}, "method_kwargs.")
         cfg.method_kwargs = OmegaConf.create(dataclasses.asdict(settings))
         cls.check_config(cfg)
@@ -222,7 +225,12 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
             on_epoch=True,
             sync_dist=True,
         )
-        self.log_dict({name: self.on_device(value) for name, value in out.scalars.items()})
+        scalars = {
+            "teacher_temperature": self.teacher_temperature(),
+            "student_temperature": self.settings.student_temperature,
+            **out.scalars,
+        }
+        self.log_dict({name: self.on_device(value) for name, value in scalars.items()})
         self.update_knn_bank(out.teacher_features, targets)
         loss = out.loss + self.prototype_spread_loss()
         return loss + self.online_classifier_loss(out.student_features, targets)
@@ -312,8 +320,9 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         self.seed_batch(batch_idx)
         self._schedule_offset = self._find_schedule_offset(batch_idx)
         final = self.settings.final_weight_decay
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
         optimization.update_schedules(
-            self.optimizers(use_pl_optimizer=False),
+            optimizer,
             self.schedule_step(self.trainer.global_step),
             self.schedule_steps,
             min_lr=self.min_lr,
@@ -323,6 +332,8 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
             final_weight_decay=self.weight_decay if final is None else final,
             constant_lr=self.cfg.scheduler.name == "none",
         )
+        decayed = optimizer.param_groups[0]  # of the backbone
+        self.log_dict({"lr": decayed["lr"], "weight_decay": decayed["weight_decay"]})
 
     def adjust_gradients(self) -> None:
         """The method's own clipping and freezing, on complete and unscaled gradients."""

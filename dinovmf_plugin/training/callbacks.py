@@ -10,15 +10,16 @@ from omegaconf import DictConfig, OmegaConf
 from dinovmf_plugin.data.channels import channel_statistics
 from dinovmf_plugin.training.checkpointer import Checkpointer
 from dinovmf_plugin.training.crops import CropCheck
+from dinovmf_plugin.training.loggers import RunIds
 
 __all__ = ["method_callbacks"]
 
 
 def method_callbacks(cfg: DictConfig, settings: Any) -> list[Callback]:
-    """The checkpointer, if ``checkpoint.enabled``; crop check and monitor, if ``method_kwargs.monitor``."""
+    """Checkpointer and ids, if ``checkpoint.enabled``; crop check and monitor, if ``method_kwargs.monitor``."""
     callbacks: list[Callback] = []
     if OmegaConf.select(cfg, "checkpoint.enabled", default=False):
-        callbacks.append(Checkpointer(cfg))
+        callbacks += [Checkpointer(cfg), RunIds()]
     if settings.monitor:
         from dinovmf_plugin.training.monitor import MixtureMonitor
 

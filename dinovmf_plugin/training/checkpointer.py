@@ -30,6 +30,7 @@ from dinovmf_plugin.host import HostCheckpointer
 from dinovmf_plugin.runs.lock import RunLock, is_first_process, release_locks
 from dinovmf_plugin.runs.written import WrittenFiles
 from dinovmf_plugin.training.interruption import StopRequest
+from dinovmf_plugin.training.schema import LOGGERS
 
 __all__ = [
     "Checkpointer",
@@ -45,7 +46,7 @@ __all__ = [
 _VOLATILE = (
     "checkpoint",
     "auto_resume",
-    "wandb",
+    *LOGGERS,
     "debug_augmentations",
     "optimizer.base_lr",  # the scaled rates count
     "optimizer.base_classifier_lr",

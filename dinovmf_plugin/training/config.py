@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinovmf_plugin.data.folders import class_names
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.training.keys import check_keys
-from dinovmf_plugin.training.schema import check_values
+from dinovmf_plugin.training.schema import LOGGERS, check_values
 
 __all__ = ["NUM_CLASSES", "count_devices", "parse_cfg"]
 
@@ -44,7 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     "checkpoint.frequency": 1,
     "checkpoint.keep_prev": False,
     "auto_resume.enabled": False,
-    "wandb.enabled": False,
+    **{f"{name}.enabled": name == "csv" for name in LOGGERS},
     "performance.compile": False,
     "performance.disable_channel_last": False,
     "performance.grad_checkpointing": False,

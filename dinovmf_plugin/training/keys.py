@@ -23,7 +23,7 @@ __all__ = ["check_keys"]
 # arguments of the Trainer that a run gives itself -> the value that says the same, and where to look
 _OF_THE_RUN: dict[str, tuple[Any, str]] = {
     "callbacks": (None, "the method and checkpoint.* choose them"),
-    "logger": (None, "wandb.* chooses it"),
+    "logger": (None, "csv.*, wandb.*, tensorboard.* and mlflow.* choose it"),
     "default_root_dir": (None, "checkpoint.dir is the place"),
     "enable_checkpointing": (False, "checkpoint.enabled is the switch"),
     "use_distributed_sampler": (False, "the loaders share the images out"),

@@ -15,8 +15,9 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["KEYS", "OPEN", "check_values", "trainer_arguments"]
+__all__ = ["KEYS", "LOGGERS", "OPEN", "check_values", "trainer_arguments"]
 
+LOGGERS = ("csv", "wandb", "tensorboard", "mlflow")
 _GROUPS = (
     "backbone",
     "backbone.kwargs",
@@ -28,7 +29,7 @@ _GROUPS = (
     "momentum",
     "checkpoint",
     "auto_resume",
-    "wandb",
+    *LOGGERS,
     "knn_eval",
     "performance",
     "auto_umap",
@@ -67,7 +68,7 @@ _SWITCHES = (
     "performance.disable_channel_last",
     "performance.grad_checkpointing",
     "auto_resume.enabled",
-    "wandb.enabled",
+    *(f"{name}.enabled" for name in LOGGERS),
     "wandb.offline",
     "knn_eval.enabled",
     "auto_umap.enabled",
@@ -115,6 +116,14 @@ _NUMBERS = {
 _OTHERS = (
     "scheduler.lr_decay_steps",
     "checkpoint.folder",
+    # arguments of Lightning's loggers and of wandb.init
+    *(f"csv.{key}" for key in ("name", "prefix", "flush_logs_every_n_steps")),
+    *(
+        f"wandb.{key}"
+        for key in ("name", "group", "job_type", "tags", "notes", "mode", "log_model")
+    ),
+    *(f"tensorboard.{key}" for key in ("name", "prefix", "log_graph")),
+    *(f"mlflow.{key}" for key in ("experiment_name", "run_name", "tracking_uri", "tags")),
     "augmentations_cfg",
     "wandb_cfg",
 )
