@@ -16,7 +16,7 @@ __all__ = ["method_callbacks"]
 
 
 def method_callbacks(cfg: DictConfig, settings: Any) -> list[Callback]:
-    """Checkpointer and ids, if ``checkpoint.enabled``; crop check and monitor, if ``method_kwargs.monitor``."""
+    """Checkpointer and ids (``checkpoint.enabled``), crop check and monitor (``method_kwargs.monitor``)."""
     callbacks: list[Callback] = []
     if OmegaConf.select(cfg, "checkpoint.enabled", default=False):
         callbacks += [Checkpointer(cfg), RunIds()]
