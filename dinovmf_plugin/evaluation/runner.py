@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dinovmf_plugin.core.distributed import Processes, launched_processes
@@ -24,6 +23,7 @@ from dinovmf_plugin.features.extraction import resolve_feature
 from dinovmf_plugin.features.network import Network, load_network, untrained_like
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import keep_previous, write_file, write_json
+from dinovmf_plugin.runs.settings import plain
 
 __all__ = ["check_evaluation", "evaluate", "evaluate_one"]
 
@@ -61,7 +61,7 @@ def _evaluate_network(
     device: torch.device,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (evaluation, result) as each is done."""
-    cache = Path(settings.cache_dir or Path(str(settings.output_dir)) / "features")
+    cache = Path(settings.cache_dir or Path(settings.output_dir) / "features")
     bench = Workbench(network, settings, images, device, cache, processes)
     for name, run in runs.items():
         started = time.monotonic()
@@ -125,7 +125,7 @@ def evaluate(
     the processes.
 
     Args:
-        config: hydra's, or plain containers; see ``settings.EvaluationSettings`` and configs/evaluate.yaml.
+        config: hydra's, or plain containers; see ``protocols.AllSettings`` and configs/evaluate.yaml.
         evaluations: by default ``config["evaluations"]``.
         file: stem of the written files.
         layout: makes the content of the JSON file of the results and the record of the run.
@@ -139,8 +139,7 @@ def evaluate(
         FileNotFoundError: if the checkpoint or a folder is missing.
         ValueError: if a setting, the images or the network cannot be used.
     """
-    if isinstance(config, DictConfig):
-        config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+    config = plain(config)
     settings = evaluation_settings(config, evaluations)
     device = pick_device(settings.device)
     # from cheap to dear: the file, the features' names, the listings of images; only then the passes
@@ -156,7 +155,7 @@ def evaluate(
         for protocol in protocols
         if protocol.prepare is not None
     }
-    output = Path(str(settings.output_dir))
+    output = Path(settings.output_dir)
     results: dict[str, Any] = {}
     record: dict[str, Any] = {
         "baselines": {baseline.label: {} for baseline in networks[1:]},

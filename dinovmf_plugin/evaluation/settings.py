@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.images import FORMATS
+from dinovmf_plugin.features.settings import (
+    CheckImages,
+    Device,
+    Feature,
+    Interpolation,
+    NetworkSource,
+    ReadingSettings,
+    Side,
+)
+from dinovmf_plugin.runs.bounds import Count, OneOf, Path, Seed
+from dinovmf_plugin.runs.settings import Doc, Settings, settings_of
 
 __all__ = [
     "BASELINES",
     "PRECISIONS",
+    "CommonSettings",
     "DataSettings",
     "EvaluationSettings",
-    "Feature",
     "OneFeature",
     "Section",
-    "at_least",
-    "one_of",
 ]
 
 BASELINES = ("untrained", "pixels")
@@ -29,29 +38,16 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-Feature = str | Mapping[str, Any]
-
-
-def one_of(key: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise a ValueError that names the key unless ``value`` is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{key}={value!r} must be one of {list(allowed)}")
-
-
-def at_least(key: str, value: float, least: float) -> None:
-    """Raise a ValueError that names the key unless ``value`` is large enough."""
-    if value < least:
-        raise ValueError(f"{key}={value} must be at least {least}")
 
 
 @dataclass(frozen=True)
-class Section:
+class Section(Settings):
     """Settings of one evaluation; all have a deterministic test transform."""
 
     name: ClassVar[str]
-    resize: int = 256
-    crop_size: int = 224
-    interpolation: str = "bicubic"
+    resize: Annotated[Count, Doc("shorter side of the resized image in pixels")] = 256
+    crop_size: Side = 224
+    interpolation: Interpolation = "bicubic"
 
     @property
     def wanted(self) -> Sequence[Feature]:
@@ -61,25 +57,25 @@ class Section:
     @property
     def transform(self) -> CenterCrop:
         """The test transform, without the network's own channel statistics."""
-        try:
-            return CenterCrop(self.resize, self.crop_size, self.interpolation)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+        return CenterCrop(self.resize, self.crop_size, self.interpolation)
 
     def check(self) -> None:
-        """Refuses what cannot work.
-
-        Raises:
-            ValueError: naming the key.
-        """
-        _ = self.transform
+        """Refuse a crop that is larger than the resized image (``ValueError``)."""
+        if self.crop_size > self.resize:
+            raise ValueError(f"crop_size={self.crop_size} must be at most resize={self.resize}")
 
 
 @dataclass(frozen=True)
 class OneFeature(Section):
     """Settings of an evaluation that reads one feature."""
 
-    feature: Feature = "cls"
+    feature: Annotated[
+        Feature,
+        Doc(
+            "cls: CLS after the final norm; cls_pre_norm: before it; dino: [D] of the linear "
+            "evaluation; or {n_last_blocks: , avgpool: , final_norm: }"
+        ),
+    ] = "cls"
 
     @property
     def wanted(self) -> Sequence[Feature]:
@@ -87,55 +83,62 @@ class OneFeature(Section):
         return (self.feature,)
 
 
-@dataclass(frozen=True)
-class DataSettings:
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(ReadingSettings):
     """Image folders, and how they are read."""
 
-    train_path: str | None = None
-    val_path: str | None = None
-    format: Literal["image_folder", "dali"] = "image_folder"
-    batch_size: int = 64
-    num_workers: int = 4
-    check_images: str = "fast"
-    skip_unreadable: bool = False
+    train_path: Annotated[Path | None, Doc("a folder with one sub-folder of images per class")] = (
+        None
+    )
+    val_path: Annotated[Path | None, Doc("the same classes, or some of them")] = None
+    format: Annotated[
+        str, OneOf(FORMATS), Doc("Pillow or DALI, for every pass without augmentation")
+    ] = "image_folder"
+    check_images: CheckImages = "fast"
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """A whole run: one network, the data, and the chosen evaluations."""
+@dataclass(frozen=True, kw_only=True)
+class CommonSettings(NetworkSource):
+    """What frozen evaluation and fine-tuning share: the network, the images, the machine."""
 
-    checkpoint: str | None
-    output_dir: str | None
-    evaluations: Sequence[str]
-    sections: Mapping[str, Section]
+    output_dir: Annotated[Path, Doc("the JSON, the HTML page and the features go there")]
     data: DataSettings = field(default_factory=DataSettings)
-    which: Literal["teacher", "student"] = "teacher"
-    model_name: str | None = None
-    num_heads: int | None = None
-    baselines: Sequence[str] = ()
-    device: str = "auto"
-    precision: str = "float32"
-    seed: int = 0
-    cache_dir: str | None = None
-    cache_dtype: str = "float32"
-    progress: bool = True
+    device: Device = "auto"
+    precision: Annotated[
+        str, OneOf(PRECISIONS), Doc("of the backbone's forward pass (autocast)")
+    ] = "float32"
+    seed: Annotated[
+        Seed, Doc("of untrained weights, drawn splits, folds, probes and classifiers")
+    ] = 0
+    progress: Annotated[bool, Doc("show progress bars")] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(CommonSettings):
+    """A whole run: one network, the data, and the chosen evaluations.
+
+    ``protocols.AllSettings`` adds one section per evaluation that there is.
+    """
+
+    evaluations: Annotated[Sequence[str], Doc("what is evaluated")]
+    baselines: Annotated[
+        Sequence[Annotated[str, OneOf(BASELINES)]],
+        Doc("evaluated beside it: the same architecture with random weights, raw pixels"),
+    ] = ()
+    cache_dir: Annotated[
+        Path | None, Doc("features are kept here and used again; null: output_dir/features")
+    ] = None
+    cache_dtype: Annotated[
+        Literal["float32", "float16"], Doc("of the kept features; float16 is half as large")
+    ] = "float32"
+
+    @property
+    def sections(self) -> Mapping[str, Section]:
+        """Settings of every evaluation, by name."""
+        kinds = {name: setting.group for name, setting in settings_of(type(self)).items()}
+        return {n: getattr(self, n) for n, k in kinds.items() if k and issubclass(k, Section)}
 
     def check(self) -> None:
-        """Refuses what cannot work, before anything is read.
-
-        Raises:
-            ValueError: naming the key, its value and what would be right.
-        """
-        for key in ("checkpoint", "output_dir"):
-            if not getattr(self, key):
-                raise ValueError(f"{key}={getattr(self, key)!r} must be set")
-        for name in self.evaluations:
-            self.sections[name].check()
-        for baseline in self.baselines:
-            one_of("baselines", baseline, BASELINES)
-        one_of("which", self.which, ("teacher", "student"))
-        one_of("precision", self.precision, list(PRECISIONS))
-        one_of("cache_dtype", self.cache_dtype, ("float32", "float16"))
-        one_of("data.format", self.data.format, FORMATS)
-        at_least("data.batch_size", self.data.batch_size, 1)
-        at_least("data.num_workers", self.data.num_workers, 0)
+        """Refuse an evaluation that is named twice (``ValueError``)."""
+        if len(set(self.evaluations)) < len(self.evaluations):
+            raise ValueError(f"evaluations={list(self.evaluations)} must name each once")

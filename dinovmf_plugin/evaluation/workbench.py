@@ -14,7 +14,12 @@ from torch import Tensor
 
 from dinovmf_plugin.core.distributed import Processes
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings, Section
+from dinovmf_plugin.evaluation.settings import (
+    PRECISIONS,
+    CommonSettings,
+    EvaluationSettings,
+    Section,
+)
 from dinovmf_plugin.features.cache import FeatureKey, load_feature_file, save_feature_file
 from dinovmf_plugin.features.extraction import extract_feature_set, resolve_feature
 from dinovmf_plugin.features.images import (
@@ -32,7 +37,7 @@ __all__ = ["Images", "Run", "Workbench", "solve_alone"]
 class Images:
     """The training and validation folders of a run, listed once when first needed."""
 
-    def __init__(self, settings: EvaluationSettings) -> None:
+    def __init__(self, settings: CommonSettings) -> None:
         self._data = settings.data
 
     def _list(self, path: str | None, key: str, classes: Sequence[str] = ()) -> ImageSet:

@@ -5,15 +5,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
 from dinovmf_plugin.data.recipe import INTERPOLATIONS
+from dinovmf_plugin.data.unreadable import CHECKS
 from dinovmf_plugin.runs.bounds import Count, OneOf, Path, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings
 
-__all__ = ["Device", "Interpolation", "NetworkSource", "ReadingSettings", "Side"]
+__all__ = [
+    "CheckImages",
+    "Device",
+    "Feature",
+    "Interpolation",
+    "NetworkSource",
+    "ReadingSettings",
+    "Side",
+]
 
 Interpolation = Annotated[str, OneOf(INTERPOLATIONS), Doc("of the resizing")]
 Device = Annotated[str, Doc("auto, cpu, cuda, cuda:1 ...")]
 Side = Annotated[Count, Doc("side of the center crop in pixels")]
+CheckImages = Annotated[str, OneOf(CHECKS), Doc("look for unreadable images first")]
+
+
+@with_config(ConfigDict(extra="forbid"))
+class FeatureKeys(TypedDict, total=False):
+    """A feature of a ViT by its parts, see ``extraction.FeatureSpec``."""
+
+    n_last_blocks: Count
+    avgpool: bool
+    final_norm: bool
+
+
+Feature = Literal["cls", "cls_pre_norm", "dino"] | FeatureKeys
 
 
 @dataclass(frozen=True, kw_only=True)

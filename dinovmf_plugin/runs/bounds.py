@@ -101,6 +101,31 @@ def _any_of(names: Sequence[str]) -> str:
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
+def _alternatives(hint: Any, plural: bool) -> list[str]:
+    """What stands between commas and "or": names to choose from, the parts of a union."""
+    base, *marks = get_args(hint) if get_origin(hint) is Annotated else [hint]
+    for mark in marks:
+        if isinstance(mark, Words):
+            return [mark.text]
+        if isinstance(mark, OneOf):
+            return mark.names
+    kind = get_origin(base) or base
+    if kind in (Union, types.UnionType):
+        return [word for part in get_args(base) for word in _alternatives(part, plural)]
+    if kind is Literal:
+        return [str(value) for value in get_args(base)]
+    if kind in (list, Sequence, tuple):
+        count = next((m.min_length for m in marks if isinstance(m, MinLen)), 0)
+        least = {0: "", 1: ", one at least"}.get(count, f", {count} at least")
+        return [f"a list of {in_words(get_args(base)[0], plural=True)}{least}"]
+    group = isinstance(kind, type) and (issubclass(kind, dict) or dataclasses.is_dataclass(kind))
+    if kind is Mapping or group:
+        return ["groups of keys" if plural else "a group of keys"]
+    if kind is str and any(isinstance(mark, MinLen) for mark in marks):
+        return ["text that is not empty"]
+    return [_WORDS[kind][plural] + _limits(marks)]
+
+
 def in_words(hint: Any, plural: bool = False) -> str:
     """What a type with its bounds takes.
 
@@ -110,24 +135,4 @@ def in_words(hint: Any, plural: bool = False) -> str:
         >>> in_words(Literal["webp", "gif"] | None)
         'webp, gif or null'
     """
-    base, *marks = get_args(hint) if get_origin(hint) is Annotated else [hint]
-    for mark in marks:
-        if isinstance(mark, Words):
-            return mark.text
-        if isinstance(mark, OneOf):
-            return _any_of(mark.names)
-    kind = get_origin(base) or base
-    if kind in (Union, types.UnionType):
-        parts = [in_words(part, plural) for part in get_args(base)]
-        return _any_of([p for part in parts for p in part.replace(" or ", ", ").split(", ")])
-    if kind is Literal:
-        return _any_of([str(value) for value in get_args(base)])
-    if kind in (list, Sequence, tuple):
-        count = next((m.min_length for m in marks if isinstance(m, MinLen)), 0)
-        least = {0: "", 1: ", one at least"}.get(count, f", {count} at least")
-        return f"a list of {in_words(get_args(base)[0], plural=True)}{least}"
-    if kind in (dict, Mapping) or dataclasses.is_dataclass(kind):
-        return "groups of keys" if plural else "a group of keys"
-    if kind is str and any(isinstance(mark, MinLen) for mark in marks):
-        return "text that is not empty"
-    return _WORDS[kind][plural] + _limits(marks)
+    return _any_of(_alternatives(hint, plural))

@@ -67,6 +67,8 @@ def plain(value: Any) -> Any:
 
 
 def _has_no_end(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_no_end, value.values()))
     if isinstance(value, list | tuple):
         return any(map(_has_no_end, value))
     return isinstance(value, float) and not math.isfinite(value)

@@ -8,10 +8,9 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -22,7 +21,7 @@ from dinovmf_plugin.checkpoints.reading import resolve_file
 from dinovmf_plugin.core.distributed import Processes, launched_processes
 from dinovmf_plugin.data.channels import IMAGENET, channel_statistics
 from dinovmf_plugin.evaluation.finetuning import FINETUNE
-from dinovmf_plugin.evaluation.finetuning.settings import FinetuneSettings
+from dinovmf_plugin.evaluation.finetuning.settings import FinetuneRun
 from dinovmf_plugin.evaluation.finetuning.trainer import (
     FineTuner,
     build_classifier,
@@ -31,14 +30,14 @@ from dinovmf_plugin.evaluation.finetuning.trainer import (
 from dinovmf_plugin.evaluation.logistic.datasets import load_transfer_dataset
 from dinovmf_plugin.evaluation.logistic.regression import class_scores
 from dinovmf_plugin.evaluation.page import evaluation_page
-from dinovmf_plugin.evaluation.settings import PRECISIONS, DataSettings, EvaluationSettings
+from dinovmf_plugin.evaluation.settings import PRECISIONS
 from dinovmf_plugin.evaluation.workbench import Images
 from dinovmf_plugin.features.extraction import extract_feature_set
 from dinovmf_plugin.features.images import ImageSet, describe, loader_for, rank_share
 from dinovmf_plugin.features.network import random_name
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import file_digest, keep_previous, write_file, write_json
-from dinovmf_plugin.runs.settings import build
+from dinovmf_plugin.runs.settings import plain, read
 
 __all__ = ["classification_scores", "finetune"]
 
@@ -59,14 +58,13 @@ def classification_scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 class _Sweep:
     """What all learning rates of a run share."""
 
-    def __init__(
-        self, run: EvaluationSettings, settings: FinetuneSettings, train: ImageSet, val: ImageSet
-    ) -> None:
-        self.run, self.settings, self.train, self.val = run, settings, train, val
+    def __init__(self, run: FinetuneRun, train: ImageSet, val: ImageSet) -> None:
+        self.run, self.settings, self.train, self.val = run, run.finetune, train, val
+        settings = run.finetune
         self.device = pick_device(run.device)
         self.precision = PRECISIONS[run.precision]
-        self.checkpoint = str(run.checkpoint)
-        self.output = Path(str(run.output_dir))
+        self.checkpoint = run.checkpoint
+        self.output = Path(run.output_dir)
         digest, self.statistics = None, IMAGENET
         self.stored: StoredWeights | str = self.checkpoint
         if not self.checkpoint.startswith("random:"):
@@ -192,19 +190,13 @@ def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
     }
 
 
-def _settings(config: Mapping[str, Any]) -> tuple[EvaluationSettings, FinetuneSettings]:
-    values = dict(config)
-    settings: FinetuneSettings = build(FinetuneSettings, values.pop("finetune"), "finetune.")
-    data = build(DataSettings, values.pop("data"), "data.")
-    rest = {"evaluations": (), "sections": {}, "data": data}
-    run: EvaluationSettings = build(EvaluationSettings, values | rest, "")
-    run.check()
-    settings.check()
-    if str(run.checkpoint).startswith("random:"):
-        random_name(str(run.checkpoint))
+def _settings(config: Mapping[str, Any]) -> FinetuneRun:
+    run = read(FinetuneRun, config)
+    if run.checkpoint.startswith("random:"):
+        random_name(run.checkpoint)
     else:
-        resolve_file(str(run.checkpoint))
-    return run, settings
+        resolve_file(run.checkpoint)
+    return run
 
 
 def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,15 +216,15 @@ def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
         FileNotFoundError: if the checkpoint or the images are missing.
         ValueError: if a setting, the images or the network cannot be used, or the loss is not finite.
     """
-    if isinstance(config, DictConfig):
-        config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-    run, settings = _settings(config)
+    config = plain(config)
+    run = _settings(config)
+    settings = run.finetune
     if settings.dataset is not None:
         train, val = load_transfer_dataset(settings.dataset, str(settings.root))
     else:
         images = Images(run)
         train, val = images.train, images.val
-    sweep = _Sweep(run, settings, train, val)
+    sweep = _Sweep(run, train, val)
     started = time.monotonic()
     results: dict[str, Any] = {
         "runs": [],

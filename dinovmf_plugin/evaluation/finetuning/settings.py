@@ -1,14 +1,29 @@
-"""Knobs of fine-tuning; the defaults are the BEiT-style recipe of ViT-S, configs/ holds the others."""
+"""Keys of fine-tuning; the defaults are the BEiT-style recipe of ViT-S, configs/ holds the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from dinovmf_plugin.evaluation.settings import Section, at_least, one_of
+from annotated_types import Gt, Lt
 
-__all__ = ["FinetuneSettings"]
+from dinovmf_plugin.evaluation.settings import CommonSettings, Section
+from dinovmf_plugin.features.settings import Interpolation
+from dinovmf_plugin.runs.bounds import (
+    AtLeastOne,
+    Count,
+    Path,
+    Positive,
+    Share,
+    Weight,
+    Whole,
+)
+from dinovmf_plugin.runs.settings import Doc
+
+__all__ = ["FinetuneRun", "FinetuneSettings"]
+
+Decay = Annotated[float, Gt(0), Lt(1)]
 
 
 @dataclass(frozen=True)
@@ -16,35 +31,55 @@ class FinetuneSettings(Section):
     """Training the whole network with labels (protocol sources: BEiT as iBOT uses it, and DeiT).
 
     The random augmentation is timm's: random resized crops, flips, RandAugment, random erasing, then
-    mixup and cutmix per batch. timm ignores colour jitter where RandAugment is on, so it is no key.
+    mixup and cutmix per batch. timm ignores color jitter where RandAugment is on, so it is no key.
     """
 
     name: ClassVar[str] = "finetune"
-    dataset: str | None = None
-    root: str | None = None
-    epochs: int = 200
-    batch_size: int = 1024
-    lr: Sequence[float] | float = (8e-4, 9e-4, 1e-3, 2e-3)
-    lr_reference_batch: int | None = None
-    min_lr: float = 1e-6
-    warmup_lr: float = 1e-6
-    warmup_epochs: int = 20
-    warmup_prefix: bool = True
-    step_on_epochs: bool = False
-    weight_decay: float = 0.05
-    layer_decay: float | None = 0.75
-    drop_path: float = 0.1
-    clip_grad: float | None = None
-    init_scale: float = 0.001
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    train_interpolation: str = "bicubic"
-    erasing: float = 0.25
-    repeated_aug: int = 0
-    ema_decay: float | None = None
-    resume: bool = True
+    dataset: Annotated[
+        str | None,
+        Doc("null: data.train_path / val_path; or a set of Table 5 or a folder in finetune.root"),
+    ] = None
+    root: Annotated[Path | None, Doc("folder of the data set")] = None
+    epochs: Annotated[Count, Doc("passes over the training images")] = 200
+    batch_size: Annotated[Count, Doc("of all processes together")] = 1024
+    lr: Annotated[
+        Positive | Annotated[Sequence[Positive], AtLeastOne],
+        Doc("one or several learning rates; the best is reported"),
+    ] = (8e-4, 9e-4, 1e-3, 2e-3)
+    lr_reference_batch: Annotated[
+        Count | None, Doc("null: lr as it is; 512: times batch_size / 512, as DeiT's code")
+    ] = None
+    min_lr: Annotated[Weight, Doc("end of the cosine")] = 1e-6
+    warmup_lr: Annotated[Weight, Doc("start of the warm-up")] = 1e-6
+    warmup_epochs: Annotated[Whole, Doc("length of the warm-up")] = 20
+    warmup_prefix: Annotated[
+        bool, Doc("the cosine starts after the warm-up (BEiT), not under it (DeiT)")
+    ] = True
+    step_on_epochs: Annotated[
+        bool, Doc("one learning rate per epoch (DeiT), not per update (BEiT)")
+    ] = False
+    weight_decay: Annotated[Weight, Doc("of AdamW")] = 0.05
+    layer_decay: Annotated[
+        Decay | None, Doc("each earlier block learns this much more slowly; null: off")
+    ] = 0.75
+    drop_path: Annotated[Share, Doc("stochastic depth of the last block")] = 0.1
+    clip_grad: Annotated[Positive | None, Doc("largest norm of the gradients; null: off")] = None
+    init_scale: Annotated[Weight, Doc("of the classifier's initial weights")] = 0.001
+    mixup: Annotated[Weight, Doc("alpha of mixup; 0: off")] = 0.8
+    cutmix: Annotated[Weight, Doc("alpha of cutmix; 0: off")] = 1.0
+    smoothing: Annotated[Share, Doc("of the labels")] = 0.1
+    auto_augment: Annotated[str | None, Doc("timm's RandAugment; null: off")] = (
+        "rand-m9-mstd0.5-inc1"
+    )
+    train_interpolation: Interpolation = "bicubic"
+    erasing: Annotated[Share, Doc("probability of random erasing")] = 0.25
+    repeated_aug: Annotated[
+        Whole, Doc("3: every image three times per draw, each process sees other copies (DeiT)")
+    ] = 0
+    ema_decay: Annotated[
+        Decay | None, Doc("0.99996: scores of the averaged weights beside the others")
+    ] = None
+    resume: Annotated[bool, Doc("go on with a stopped training in output_dir")] = True
 
     @property
     def lrs(self) -> list[float]:
@@ -58,39 +93,18 @@ class FinetuneSettings(Section):
         return lr * self.batch_size / self.lr_reference_batch
 
     def check(self) -> None:
-        """Refuse what cannot work (``ValueError`` naming the key)."""
+        """Refuse a warm-up without a rest, odd batches for mixing, half of a data set (``ValueError``)."""
         super().check()
-        if not self.lrs or min(self.lrs) <= 0:
-            raise ValueError(f"finetune.lr={self.lr} must be one or more positive learning rates")
-        at_least("finetune.epochs", self.epochs, 1)
-        at_least("finetune.batch_size", self.batch_size, 1)
-        if not 0 <= self.warmup_epochs < self.epochs:
+        if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"finetune.warmup_epochs={self.warmup_epochs} must be at least 0 and below "
-                f"epochs={self.epochs}"
+                f"warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}"
             )
-        for key in ("mixup", "cutmix", "min_lr", "warmup_lr", "weight_decay", "init_scale"):
-            at_least(f"finetune.{key}", getattr(self, key), 0)
-        for key in ("smoothing", "erasing", "drop_path"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(
-                    f"finetune.{key}={getattr(self, key)} must be at least 0 and below 1"
-                )
-        for key in ("layer_decay", "ema_decay"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < 1:
-                raise ValueError(f"finetune.{key}={value} must be between 0 and 1, or null")
-        if self.clip_grad is not None and self.clip_grad <= 0:
-            raise ValueError(f"finetune.clip_grad={self.clip_grad} must be positive, or null")
-        one_of("finetune.train_interpolation", self.train_interpolation, ("bicubic", "bilinear"))
         if self.mixes and self.batch_size % 2:
-            raise ValueError(
-                f"finetune.batch_size={self.batch_size} must be even for mixup and cutmix"
-            )
+            raise ValueError(f"batch_size={self.batch_size} must be even for mixup and cutmix")
         if (self.dataset is None) != (self.root is None):
             raise ValueError(
-                f"finetune.dataset={self.dataset!r} and finetune.root={self.root!r} go together: the name "
-                "of a data set and the folder that holds it"
+                f"dataset={self.dataset!r} and root={self.root!r} go together: the name of a data "
+                "set and the folder that holds it"
             )
 
     @property
@@ -103,3 +117,10 @@ class FinetuneSettings(Section):
         """What a stopped training must agree on to go on."""
         free = ("lr", "resume", "root")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRun(CommonSettings):
+    """Everything that ``scripts/finetune.py`` can be told."""
+
+    finetune: FinetuneSettings

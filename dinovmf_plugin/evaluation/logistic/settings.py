@@ -1,17 +1,26 @@
-"""Knobs of the logistic regressions; the defaults are MSN's and Ericsson et al.'s protocols."""
+"""Keys of the logistic regressions; the defaults are MSN's and Ericsson et al.'s protocols."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from annotated_types import Ge, Le
 
 from dinovmf_plugin.evaluation.logistic.few_shot import DEFAULT_LAMBD
-from dinovmf_plugin.evaluation.settings import Feature, OneFeature, at_least, one_of
+from dinovmf_plugin.evaluation.settings import OneFeature
+from dinovmf_plugin.features.settings import Feature, Interpolation
+from dinovmf_plugin.runs.bounds import Count, Fraction, Path, Positive
+from dinovmf_plugin.runs.settings import Doc
 
 __all__ = ["FewShotSettings", "TransferSettings"]
+
+Exponent = Annotated[float, Ge(-100), Le(100)]
+Tolerance = Annotated[
+    Positive, Doc("of the solver: largest entry of the gradient of the mean loss")
+]
 
 
 @dataclass(frozen=True)
@@ -19,31 +28,36 @@ class FewShotSettings(OneFeature):
     """Few-shot logistic regression (MSN)."""
 
     name: ClassVar[str] = "few_shot"
-    interpolation: str = "bilinear"
-    feature: Feature = "cls_pre_norm"
-    counts: Sequence[int] = (1, 2, 5)
-    fraction: float | None = 0.01
-    num_splits: int = 3
-    split_dir: str | None = None
-    lambd: float = DEFAULT_LAMBD
-    preprocess: bool = True
-    tol: float = 1e-6
-    max_iter: int = 1000
+    interpolation: Interpolation = "bilinear"
+    feature: Annotated[Feature, Doc("CLS before the final norm, as MSN; see knn.feature")] = (
+        "cls_pre_norm"
+    )
+    counts: Annotated[
+        Sequence[Count],
+        Doc("images per class; more than the smallest class has are skipped and recorded"),
+    ] = (1, 2, 5)
+    fraction: Annotated[
+        Fraction | None,
+        Doc(
+            "share of all images, one split; null: none; with split_dir 0.01 (1percent.txt) or null"
+        ),
+    ] = 0.01
+    num_splits: Annotated[Count, Doc("per count: drawn, or lists of split_dir")] = 3
+    split_dir: Annotated[
+        Path | None, Doc("folder of MSN's imagenet_subsets1, 2, 3; null: draw by seed")
+    ] = None
+    lambd: Annotated[
+        Positive, Doc("the l2 strength of the mean loss is lambd / N (scikit-learn: C = 1 / lambd)")
+    ] = DEFAULT_LAMBD
+    preprocess: Annotated[bool, Doc("subtract each feature's own mean, then l2-normalize")] = True
+    tol: Tolerance = 1e-6
+    max_iter: Annotated[Count, Doc("of the solver")] = 1000
 
     def check(self) -> None:
-        """Refuse what cannot work (``ValueError`` naming the key)."""
+        """Refuse settings that leave nothing to do (``ValueError``)."""
         super().check()
         if not self.counts and self.fraction is None:
-            raise ValueError("few_shot.counts=[] and few_shot.fraction=null leave nothing to do")
-        if self.counts and min(self.counts) < 1:
-            raise ValueError(
-                f"few_shot.counts={list(self.counts)} must be numbers of images from 1 on"
-            )
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ValueError(f"few_shot.fraction={self.fraction} must be above 0 and at most 1")
-        at_least("few_shot.num_splits", self.num_splits, 1)
-        if self.lambd <= 0:
-            raise ValueError(f"few_shot.lambd={self.lambd} must be positive")
+            raise ValueError("counts=[] and fraction=null leave nothing to do")
 
 
 @dataclass(frozen=True)
@@ -51,17 +65,31 @@ class TransferSettings(OneFeature):
     """Logistic regression on small data sets (Ericsson et al., cross-validated)."""
 
     name: ClassVar[str] = "transfer"
-    resize: int = 224
-    root: str | None = None
-    datasets: Sequence[str] | None = None
-    log10_min: float = -6.0
-    log10_max: float = 5.0
-    num_values: int = 45
-    folds: int = 5
-    select: str = "top1"
-    tol: float = 1e-5
-    max_iter: int = 100
-    n_jobs: int | None = None
+    resize: Annotated[Count, Doc("shorter side of the resized image in pixels")] = 224
+    root: Annotated[
+        Path | None,
+        Doc(
+            "folder of the data sets, laid out as torchvision does; null: data.train_path / val_path"
+        ),
+    ] = None
+    datasets: Annotated[
+        Sequence[str] | None,
+        Doc("null: the nine of Table 5; or a list of those and of folders root/NAME/{train,test}"),
+    ] = None
+    log10_min: Annotated[Exponent, Doc("smallest l2 strength, as a power of ten")] = -6.0
+    log10_max: Annotated[Exponent, Doc("largest l2 strength, as a power of ten")] = 5.0
+    num_values: Annotated[Count, Doc("strengths, evenly spaced as powers")] = 45
+    folds: Annotated[int, Ge(2), Doc("stratified, of the cross-validation")] = 5
+    select: Annotated[
+        Literal["top1", "mean_per_class"], Doc("the cross-validated score that chooses")
+    ] = "top1"
+    tol: Tolerance = 1e-5
+    max_iter: Annotated[Count, Doc("per fit; fits start from the next stronger one's solution")] = (
+        100
+    )
+    n_jobs: Annotated[
+        Count | None, Doc("folds at once, in threads that share the cores; null: one per core")
+    ] = None
 
     @property
     def weight_decays(self) -> list[float]:
@@ -70,15 +98,13 @@ class TransferSettings(OneFeature):
         return [float(value) for value in values]
 
     def check(self) -> None:
-        """Refuse what cannot work (``ValueError`` naming the key)."""
+        """Refuse a grid without values, and data sets without their folder (``ValueError``)."""
         super().check()
-        one_of("transfer.select", self.select, ("top1", "mean_per_class"))
-        at_least("transfer.folds", self.folds, 2)
-        at_least("transfer.num_values", self.num_values, 1)
-        at_least("transfer.max_iter", self.max_iter, 1)
-        if self.n_jobs is not None:
-            at_least("transfer.n_jobs", self.n_jobs, 1)
+        if self.log10_min > self.log10_max:
+            raise ValueError(
+                f"log10_min={self.log10_min} must be at most log10_max={self.log10_max}"
+            )
         if self.datasets is not None and self.root is None:
             raise ValueError(
-                f"transfer.datasets={list(self.datasets)} needs transfer.root, the folder that holds them"
+                f"datasets={list(self.datasets)} needs transfer.root, the folder that holds them"
             )
