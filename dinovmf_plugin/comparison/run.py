@@ -162,7 +162,6 @@ def run_one(settings: RunSettings) -> dict[str, Any]:
         ValueError, FileNotFoundError: for anything wrong in the settings, before training.
     """
     shared = settings.comparison
-    shared.check()
     recipe = settings.recipe()
     if shared.uses_demo(recipe):
         shared.build_demo()

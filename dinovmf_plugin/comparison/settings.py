@@ -1,92 +1,116 @@
-"""Every knob of a comparison; configs/ablation.yaml and configs/compare.yaml explain each key."""
+"""Every key of a comparison: what all runs share, and what an ablation or a list of methods adds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
+from annotated_types import Ge, Lt
 from omegaconf import DictConfig, OmegaConf
 
+from dinovmf_plugin import registry
+from dinovmf_plugin.core.centering import CenteringName
+from dinovmf_plugin.core.prototypes import Normalization
 from dinovmf_plugin.data import demo as demo_data
-from dinovmf_plugin.evaluation.protocols import PROTOCOLS, evaluation_settings
-from dinovmf_plugin.recipes import Candidate, check_method, compose_recipe
+from dinovmf_plugin.evaluation.protocols import PROTOCOLS, Evaluations, evaluation_settings
+from dinovmf_plugin.evaluation.settings import BASELINES
+from dinovmf_plugin.recipes import Candidate, compose_recipe
+from dinovmf_plugin.runs import bounds
+from dinovmf_plugin.runs.bounds import AtLeastOne, Count, Fraction, OneOf, Positive, Seed, Whole
+from dinovmf_plugin.runs.settings import Doc, Settings, read
 
-__all__ = ["ComparisonSettings", "RunSettings"]
+__all__ = [
+    "AblationSettings",
+    "CompareSettings",
+    "ComparisonSettings",
+    "RunSettings",
+    "comparison_from",
+]
 
-KINDS = ("ablation", "compare")
 _BY_RUN = ("checkpoint", "output_dir", "evaluations", "baselines", "cache_dir", "progress")
+_SWEPT = ("normalization", "centering")
+
+DemoName = Annotated[
+    str, OneOf(demo_data.DATASETS), Doc("pictures installed by pip, never downloaded here")
+]
 
 
 @dataclass(frozen=True)
-class ComparisonSettings:
-    """What all runs of one comparison share.
+class ComparisonData(Settings):
+    """The images of a comparison."""
 
-    Attributes:
-        kind: ``ablation`` (Table 1) or ``compare``.
-        output_dir: everything is written there.
-        recipe: config of the recipe.
-        overrides: of the recipe, in hydra's syntax.
-        train_path: training images; None keeps the recipe's, or the demo pictures if it has none.
-        val_path: held-out images, likewise.
-        demo: name of the demo pictures.
-        demo_fraction: share of them to use.
-        gpus: GPUs of this machine for parallel jobs, one each; None leaves the choice to the recipe.
-        image_size: side of the evaluation's crops; None is the recipe's ``backbone.kwargs.img_size``.
-        k: neighbours of the headline.
-        curve_every: epochs between two kNN evaluations while training; 0 is never.
-        evaluations: of ``knn, linear, few_shot, transfer``.
-        baselines: of ``untrained, pixels``, evaluated with kNN.
-        keep_features: whether to keep the extracted features of finished runs.
-        thresholds: cosines of the utilisation sweep.
-        evaluation: sections and common keys of the evaluations, see configs/evaluation.
-    """
+    train_path: Annotated[
+        bounds.Path | None,
+        Doc("one folder per class; null: the recipe's own, else the demo pictures"),
+    ] = None
+    val_path: Annotated[bounds.Path | None, Doc("held-out images of the same classes")] = None
+    demo: DemoName = "animal-mnist"
+    demo_fraction: Annotated[
+        Fraction, Doc("share of the demo pictures, the same of every class")
+    ] = 1.0
 
-    kind: str
-    output_dir: str
-    recipe: str = "demo_recipe"
-    overrides: Sequence[str] = ()
-    train_path: str | None = None
-    val_path: str | None = None
-    demo: str = "animal-mnist"
-    demo_fraction: float = 1.0
-    gpus: Sequence[int] | None = None
-    image_size: int | None = None
-    k: int = 10
-    curve_every: int = 0
-    evaluations: Sequence[str] = ("knn",)
-    baselines: Sequence[str] = ("untrained",)
-    keep_features: bool = False
-    thresholds: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings(Settings):
+    """What all runs of one comparison share."""
+
+    kind: ClassVar[str]
+    output_dir: Annotated[
+        bounds.Path,
+        Doc("a new or empty folder, or that of a comparison with the same settings"),
+    ]
+    recipe: Annotated[
+        str, Doc("any recipe of configs/ or of --config-dir, such as imagenet/dino_vits16")
+    ] = "demo_recipe"
+    overrides: Annotated[Sequence[str], Doc("of the recipe, in hydra's syntax")] = ()
+    data: ComparisonData = field(default_factory=ComparisonData)
+    gpus: Annotated[
+        Sequence[Whole] | None, Doc("for parallel jobs on one machine, one GPU each: [0, 1, 2, 3]")
+    ] = None
+    image_size: Annotated[
+        Count | None,
+        Doc("side of the evaluation's crops; null: the recipe's backbone.kwargs.img_size"),
+    ] = None
+    k: Annotated[Count, Doc("neighbors of the headline")] = 10
+    curve_every: Annotated[
+        Whole, Doc("epochs between two kNN evaluations while training; 0: never")
+    ] = 0
+    evaluations: Evaluations = ("knn",)
+    baselines: Annotated[Sequence[Annotated[str, OneOf(BASELINES)]], Doc("beside it, with kNN")] = (
+        "untrained",
+    )
+    keep_features: Annotated[bool, Doc("keep the extracted features of finished runs")] = False
+    thresholds: Annotated[
+        Sequence[Annotated[float, Ge(-1), Lt(1)]],
+        AtLeastOne,
+        Doc("cosines of the prototype utilization"),
+    ] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+    evaluation: Annotated[
+        Mapping[str, Any],
+        Doc("keys of evaluate; resize and crop_size count for 224 px and are scaled"),
+    ] = field(default_factory=dict)
+    seeds: Annotated[Sequence[Seed], AtLeastOne, Doc("of the runs")] = (0, 1, 2)
+    seed: Annotated[Seed | None, Doc("set by the sweep")] = None
 
     def check(self) -> None:
-        """Refuse what cannot work before anything is trained.
-
-        Raises:
-            ValueError: naming the key, its value and what would be right.
-        """
-        if not self.output_dir:
-            raise ValueError(f"output_dir={self.output_dir!r} must name a folder")
+        """Refuse what cannot work before anything is trained."""
+        for key in ("seeds", "methods", "normalizations", "centerings"):
+            values = list(getattr(self, key, ()))
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key}={values!r} names a value twice")
         if "knn" not in self.evaluations:
             raise ValueError(f"evaluations={list(self.evaluations)} must include knn, the headline")
-        ks = self.evaluation.get("knn", {}).get("ks", (10, 20, 100, 200))
-        if self.k not in ks:
+        ks = (self.evaluation.get("knn") or {}).get("ks", (10, 20, 100, 200))
+        if isinstance(ks, Sequence) and self.k not in ks:
             raise ValueError(f"k={self.k} must be one of evaluation.knn.ks={list(ks)}")
-        if self.curve_every < 0:
-            raise ValueError(f"curve_every={self.curve_every} must be 0 (never) or more epochs")
-        if self.demo not in demo_data.DATASETS:
-            raise ValueError(f"data.demo={self.demo!r} is unknown: {sorted(demo_data.DATASETS)}")
-        if not 0 < self.demo_fraction <= 1:
-            raise ValueError(
-                f"data.demo_fraction={self.demo_fraction} must be above 0 and at most 1"
-            )
         for key in ("checkpoint", "output_dir", "cache_dir"):
             if self.evaluation.get(key):
                 raise ValueError(f"evaluation.{key} is set by every run itself: leave it null")
         for key in ("train_path", "val_path"):
-            if self.evaluation.get("data", {}).get(key):
+            if (self.evaluation.get("data") or {}).get(key):
                 raise ValueError(f"evaluation.data.{key} is not used: set data.{key}")
         self.evaluation_config("checkpoint", "folder", 224, {})
 
@@ -113,20 +137,37 @@ class ComparisonSettings:
             "evaluations": list(self.evaluations),
             "baselines": [],
         }
-        evaluation_settings(config)
+        evaluation_settings(config, prefix="evaluation.")
         return config
 
     def identity(self) -> dict[str, Any]:
         """What makes results comparable: all but where and on how many GPUs they are made."""
-        plain: dict[str, Any] = asdict(self)
-        for key in ("output_dir", "gpus", "keep_features"):
+        own = {f.name for f in fields(ComparisonSettings)}
+        plain = {key: value for key, value in asdict(self).items() if key in own}
+        for key in ("output_dir", "gpus", "keep_features", "seeds", "seed"):
             del plain[key]
+        plain |= {"kind": self.kind, **plain.pop("data")}
         plain["evaluation"] = {
-            key: value
-            for key, value in plain["evaluation"].items()
-            if key not in ("device", *_BY_RUN)
+            key: value for key, value in self.evaluation.items() if key not in ("device", *_BY_RUN)
         }
         return plain
+
+    def fixed(self) -> dict[str, Any]:
+        """Further keys that all runs share and that bind the folder."""
+        return {}
+
+    def runs(self) -> list[RunSettings]:
+        """Every run that the lists describe."""
+        raise NotImplementedError
+
+    def job(self) -> RunSettings:
+        """The run of one job of the sweep, by the keys that the sweep sets."""
+        raise NotImplementedError
+
+    def _swept_seed(self) -> int:
+        if self.seed is None:
+            raise ValueError("seed=None must be a whole number, or swept by hydra")
+        return self.seed
 
     def data_paths(self, recipe: DictConfig) -> dict[str, str | None]:
         """Training and validation folders of a recipe: given, its own, or the demo pictures.
@@ -138,7 +179,7 @@ class ComparisonSettings:
             key: OmegaConf.select(recipe, f"data.{key}", throw_on_missing=False)
             for key in ("train_path", "val_path")
         }
-        given = {"train_path": self.train_path, "val_path": self.val_path}
+        given = {"train_path": self.data.train_path, "val_path": self.data.val_path}
         paths = {key: given[key] or own[key] for key in given}
         if paths["train_path"] is None and paths["val_path"] is None:
             pictures = Path(self.output_dir) / "data"
@@ -154,13 +195,123 @@ class ComparisonSettings:
     def build_demo(self) -> None:
         """Write the demo pictures into ``output_dir/data``, unless they are there."""
         folder = Path(self.output_dir) / "data"
-        demo_data.build(folder, self.demo, fraction=self.demo_fraction)
+        demo_data.build(folder, self.data.demo, fraction=self.data.demo_fraction)
 
     def uses_demo(self, recipe: DictConfig) -> bool:
         """Whether the recipe would train on the demo pictures of ``output_dir/data``."""
         return self.data_paths(recipe)["train_path"] == str(
             Path(self.output_dir) / "data" / "train"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationSettings(ComparisonSettings):
+    """configs/ablation.yaml: Table 1 of the paper."""
+
+    kind: ClassVar[str] = "ablation"
+    normalizations: Annotated[Sequence[Normalization], AtLeastOne, Doc("of Table 1")] = (
+        "none",
+        "l2",
+        "vmf",
+    )
+    centerings: Annotated[Sequence[CenteringName], AtLeastOne, Doc("of Table 1")] = (
+        "logit",
+        "probability",
+    )
+    base_method: Annotated[
+        Annotated[str, OneOf(registry.method_classes)] | None,
+        Doc("the method whose two switches are turned; null: the recipe's"),
+    ] = "dino_multicrop"
+    method_kwargs: Annotated[
+        Mapping[str, Any], Doc("of every run; normalization and centering are set by the sweep")
+    ] = field(default_factory=dict)
+
+    def _own(self) -> dict[str, Any]:
+        return {key: value for key, value in self.method_kwargs.items() if key not in _SWEPT}
+
+    def fixed(self) -> dict[str, Any]:
+        """Other method_kwargs than those that the ablation sweeps."""
+        return {"base_method": self.base_method, "method_kwargs": self._own()}
+
+    def runs(self) -> list[RunSettings]:
+        """Every cell with every seed."""
+        cells = product(self.normalizations, self.centerings)
+        candidates = [
+            Candidate(self.base_method, None, {**self._own(), "normalization": n, "centering": c})
+            for n, c in cells
+        ]
+        return [RunSettings(self, c, seed) for c, seed in product(candidates, self.seeds)]
+
+    def job(self) -> RunSettings:
+        """The cell that the sweep names."""
+        for key in _SWEPT:
+            if self.method_kwargs.get(key) is None:
+                raise ValueError(f"method_kwargs.{key}=null must be set, or swept by hydra")
+        candidate = Candidate(self.base_method, None, dict(self.method_kwargs))
+        return RunSettings(self, candidate, self._swept_seed())
+
+
+@dataclass(frozen=True)
+class StabilitySettings(Settings):
+    """Learning rates that every method is trained with."""
+
+    lrs: Annotated[
+        Sequence[Positive],
+        Doc("optimizer.lr before scaling by the batch; every method at each of them"),
+    ] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(ComparisonSettings):
+    """configs/compare.yaml: any list of methods."""
+
+    kind: ClassVar[str] = "compare"
+    methods: Annotated[
+        Sequence[str],
+        AtLeastOne,
+        Doc("methods or recipes (with a slash), or either with method_kwargs: NAME:key=value"),
+    ] = ("dino_multicrop", "dino_vmf")
+    stability: StabilitySettings = field(default_factory=StabilitySettings)
+    candidate: Annotated[str | None, Doc("set by the sweep: one of methods")] = None
+    lr: Annotated[Positive | None, Doc("set by the sweep")] = None
+
+    def check(self) -> None:
+        """Refuse methods that there are not, too."""
+        super().check()
+        for text in self.methods:
+            Candidate.parse(text)
+
+    def runs(self) -> list[RunSettings]:
+        """Every method at every learning rate with every seed."""
+        candidates = [Candidate.parse(text) for text in self.methods]
+        lrs: list[float | None] = list(self.stability.lrs) or [None]
+        return [
+            RunSettings(self, candidate, seed, lr)
+            for candidate, lr, seed in product(candidates, lrs, self.seeds)
+        ]
+
+    def job(self) -> RunSettings:
+        """The method that the sweep names."""
+        candidate = Candidate.parse(str(self.candidate), "candidate")
+        return RunSettings(self, candidate, self._swept_seed(), self.lr)
+
+
+KINDS: dict[str, type[ComparisonSettings]] = {
+    kind.kind: kind for kind in (AblationSettings, CompareSettings)
+}
+
+
+def comparison_from(config: Mapping[str, Any], kind: str) -> ComparisonSettings:
+    """The settings of a comparison, checked.
+
+    Args:
+        config: configs/ablation.yaml or configs/compare.yaml, plain or hydra's.
+        kind: ``ablation`` or ``compare``.
+
+    Raises:
+        ValueError: for a value that cannot work.
+    """
+    return read(KINDS[kind], config)
 
 
 @dataclass(frozen=True)
@@ -198,43 +349,4 @@ class RunSettings:
         Raises:
             ValueError: for a value that cannot work.
         """
-        if isinstance(config, DictConfig):
-            config = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-        shared = comparison_from(config, kind)
-        settings = dict(config.get("method_kwargs") or {})
-        if kind == "ablation":
-            name = config.get("base_method")
-            if name is not None:
-                check_method(name, "base_method")
-            for key in ("normalization", "centering"):
-                if settings.get(key) is None:
-                    raise ValueError(f"method_kwargs.{key}=null must be set, or swept by hydra")
-            candidate = Candidate(name, None, settings)
-        else:
-            candidate = Candidate.parse(str(config.get("candidate")), "candidate")
-        seed = config.get("seed")
-        if not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r} must be a whole number, or swept by hydra")
-        lr = config.get("lr")
-        if lr is not None and not float(lr) > 0:
-            raise ValueError(f"lr={lr} must be greater than 0")
-        return cls(shared, candidate, seed, None if lr is None else float(lr))
-
-
-def comparison_from(config: Mapping[str, Any], kind: str) -> ComparisonSettings:
-    """The shared part of a config, checked.
-
-    Raises:
-        ValueError: for a value that cannot work.
-    """
-    data = config.get("data") or {}
-    known = {f.name for f in fields(ComparisonSettings)} - {
-        "kind",
-        "train_path",
-        "val_path",
-        "demo",
-    }
-    values = {key: config[key] for key in known if key in config}
-    settings = ComparisonSettings(kind=kind, **values, **data)
-    settings.check()
-    return settings
+        return comparison_from(config, kind).job()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import product
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.comparison.settings import ComparisonSettings, RunSettings, comparison_from
-from dinovmf_plugin.recipes import Candidate, check_method, sweep_values
+from dinovmf_plugin.recipes import sweep_values
 from dinovmf_plugin.runs.cli import one_clear_message
 from dinovmf_plugin.runs.folder import open_run_folder
 from dinovmf_plugin.training.config import parse_cfg
@@ -22,79 +22,33 @@ def register_resolver() -> None:
     OmegaConf.register_new_resolver("sweep_values", sweep_values, replace=True)
 
 
-def _listed(config: dict[str, Any], key: str) -> list[Any]:
-    values = config.get(key)
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"{key}={values!r} must be a list with at least one value")
-    if len(set(map(str, values))) < len(values):
-        raise ValueError(f"{key}={values!r} names a value twice")
-    return values
-
-
-def planned_runs(config: dict[str, Any], kind: str) -> list[RunSettings]:
+def planned_runs(config: Mapping[str, Any], kind: str) -> list[RunSettings]:
     """Every run that the lists of a config describe.
 
     Args:
-        config: configs/ablation.yaml or configs/compare.yaml, plain containers.
+        config: configs/ablation.yaml or configs/compare.yaml, plain or hydra's.
         kind: ``ablation`` or ``compare``.
 
     Raises:
         ValueError: for an empty list, an unknown method or anything else that cannot work.
     """
-    shared = comparison_from(config, kind)
-    seeds = _listed(config, "seeds")
-    if not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"seeds={seeds!r} must be whole numbers")
-    if kind == "ablation":
-        if config.get("base_method") is not None:
-            check_method(config["base_method"], "base_method")
-        fixed = {
-            key: value
-            for key, value in (config.get("method_kwargs") or {}).items()
-            if key not in ("normalization", "centering")
-        }
-        candidates = [
-            Candidate(
-                config.get("base_method"), None, {**fixed, "normalization": n, "centering": c}
-            )
-            for n, c in product(_listed(config, "normalizations"), _listed(config, "centerings"))
-        ]
-        lrs: list[float | None] = [None]
-    else:
-        candidates = [Candidate.parse(str(text)) for text in _listed(config, "methods")]
-        lrs = list((config.get("stability") or {}).get("lrs") or [None])
-    for lr in lrs:
-        if lr is not None and not (isinstance(lr, int | float) and lr > 0):
-            raise ValueError(f"stability.lrs={lrs} must be learning rates greater than 0")
-    return [
-        RunSettings(shared, candidate, seed, lr)
-        for candidate, lr, seed in product(candidates, lrs, seeds)
-    ]
+    return comparison_from(config, kind).runs()
 
 
-def _prepare(config: dict[str, Any], kind: str) -> ComparisonSettings:
+def _prepare(config: Mapping[str, Any], kind: str) -> ComparisonSettings:
     """Checks everything once, binds the folder to its settings, and makes the demo pictures."""
     runs = planned_runs(config, kind)
     shared = runs[0].comparison
     recipes = {run.candidate.label: run.recipe() for run in runs}
     wants_demo = [recipe for recipe in recipes.values() if shared.uses_demo(recipe)]
     # the pictures need their folder to be empty or theirs, the settings theirs: bind first
-    open_run_folder(shared.output_dir, {**shared.identity(), **_fixed(config, kind)})
+    open_run_folder(shared.output_dir, {**shared.identity(), **shared.fixed()})
     if wants_demo:
         shared.build_demo()
     for label, recipe in recipes.items():
         _build(label, recipe)
     print(f"{len(runs)} runs: {', '.join(recipes)}", flush=True)
     return shared
-
-
-def _fixed(config: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Further keys that all runs share: other method_kwargs than those that the ablation sweeps."""
-    if kind != "ablation":
-        return {}
-    swept = ("normalization", "centering")
-    own = {k: v for k, v in (config.get("method_kwargs") or {}).items() if k not in swept}
-    return {"base_method": config.get("base_method"), "method_kwargs": own}
 
 
 def _build(label: str, recipe: DictConfig) -> None:
@@ -126,7 +80,7 @@ class ComparisonCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a sweep that cannot work, with one clear message."""
-        one_clear_message(_prepare)(_plain(config), self.kind)
+        one_clear_message(_prepare)(_own_keys(config), self.kind)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the tables of everything that has finished."""
@@ -135,6 +89,5 @@ class ComparisonCallback(Callback):
         one_clear_message(collect)(config.output_dir)
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    return cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
+def _own_keys(config: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])

@@ -37,16 +37,17 @@ AllSettings.__doc__ = "A whole run: common keys, ``data``, and one section per e
 
 
 def evaluation_settings(
-    config: Mapping[str, Any], evaluations: Sequence[str] | None = None
+    config: Mapping[str, Any], evaluations: Sequence[str] | None = None, prefix: str = ""
 ) -> EvaluationSettings:
     """Read a hydra config: common keys, ``data``, and one section per evaluation.
 
     Args:
         config: hydra's, or plain containers.
         evaluations: by default ``config["evaluations"]``.
+        prefix: of the keys in messages.
 
     Raises:
         ValueError: for an unknown evaluation or key, or a value of the wrong type or that cannot work.
     """
     chosen = {} if evaluations is None else {"evaluations": list(evaluations)}
-    return read(AllSettings, {**plain(config), **chosen})
+    return read(AllSettings, {**plain(config), **chosen}, prefix)

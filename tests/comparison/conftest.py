@@ -51,20 +51,23 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_comparison(pictures: Path) -> Any:
     """Factory of ``ComparisonSettings`` for a folder."""
-    from dinovmf_plugin.comparison.settings import ComparisonSettings
+    from dinovmf_plugin.comparison.settings import ComparisonSettings, comparison_from
 
     def make(output_dir: Path, kind: str = "compare", **changes: Any) -> ComparisonSettings:
         values: dict[str, Any] = {
             "overrides": OVERRIDES,
-            "train_path": str(pictures / "train"),
-            "val_path": str(pictures / "val"),
+            "output_dir": str(output_dir),
+            "data": {
+                "train_path": str(pictures / "train"),
+                "val_path": str(pictures / "val"),
+            },
             "k": 1,
             "curve_every": 1,
             "evaluations": ["knn", "linear", "few_shot"],
             "evaluation": EVALUATION,
             **changes,
         }
-        return ComparisonSettings(kind=kind, output_dir=str(output_dir), **values)
+        return comparison_from(values, kind)
 
     return make
 

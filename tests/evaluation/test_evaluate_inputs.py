@@ -28,7 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
         ("knn", "checkpoint=missing.pth", "no checkpoint file missing.pth"),
         ("knn", "checkpoint=random:nonsense", "names no Vision Transformer"),
         ("knn", "knn.ks=[49]", "holds only 48 images, use k <= 48"),
-        ("knn", "knn.feature=tokens", "knn.feature='tokens' must be cls, cls_pre_norm, dino or a group"),
+        (
+            "knn",
+            "knn.feature=tokens",
+            "knn.feature='tokens' must be cls, cls_pre_norm, dino or a group",
+        ),
         ("few_shot", "few_shot.split_dir=nowhere", "holds no folder imagenet_subsets1"),
         (
             "transfer",
