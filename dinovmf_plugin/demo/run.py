@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,32 +15,32 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dinovmf_plugin import registry
 from dinovmf_plugin.checkpoints import load_backbone
 from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
 from dinovmf_plugin.demo.report import LabelledImages, write_report
+from dinovmf_plugin.demo.settings import DemoSettings
 from dinovmf_plugin.features.extraction import PixelFeatures, extract_features
 from dinovmf_plugin.features.knn import knn_accuracy
 from dinovmf_plugin.pretraining import build_method, pretrain
 from dinovmf_plugin.recipes import Candidate, compose_recipe
 from dinovmf_plugin.runs.files import write_json
+from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.curve import CurveRecorder, read_curve, read_monitor
 
 __all__ = ["run_demo"]
 
 
-def _recipe(cfg: DictConfig, method: str, folder: Path) -> DictConfig:
+def _recipe(settings: DemoSettings, method: str, folder: Path) -> DictConfig:
     """The demo's recipe for one method: what ``main_pretrain --config-name demo_recipe`` would run."""
-    settings: Any = OmegaConf.to_container(cfg.method_settings)
     return compose_recipe(
         "demo_recipe",
-        Candidate(method, settings=settings.get(method, {})),
-        seed=cfg.seed,
-        overrides=list(cfg.overrides),
+        Candidate(method, settings=settings.method_settings.get(method, {})),
+        seed=settings.seed,
+        overrides=list(settings.overrides),
         data={"train_path": str(folder / "train"), "val_path": str(folder / "val")},
-        checkpoint_dir=str(Path(cfg.output_dir) / "checkpoints"),
+        checkpoint_dir=str(Path(settings.output_dir) / "checkpoints"),
     )
 
 
@@ -70,33 +72,30 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def run_demo(cfg: DictConfig) -> dict[str, Any]:
+def run_demo(config: Mapping[str, Any]) -> dict[str, Any]:
     """Build the pictures, pre-train every method, evaluate the teachers, write the report.
 
     Args:
-        cfg: ``configs/demo.yaml``.
+        config: ``configs/demo.yaml``, hydra's or plain; see ``settings.DemoSettings``.
 
     Returns:
         What ``results.json`` holds.
 
     Raises:
-        ValueError: if a method is unknown.
+        ValueError: for a setting that cannot work.
         FileExistsError: if ``output_dir`` holds the results of an earlier demo.
     """
-    output = Path(cfg.output_dir)
+    settings = read(DemoSettings, config)
+    output = Path(settings.output_dir)
     if (output / "results.json").exists():
         raise FileExistsError(
             f"output_dir={output} holds an earlier demo: choose another one, or remove it"
         )
-    for method in cfg.methods:
-        if method not in registry.method_classes():
-            known = ", ".join(sorted(registry.method_classes()))
-            raise ValueError(f"methods={method!r} is unknown: choose from {known}")
     started = time.monotonic()
-    pictures = demo_data.build(output / "data", cfg.dataset, fraction=cfg.fraction)
-    first = parse_cfg(_recipe(cfg, cfg.methods[0], pictures))
+    pictures = demo_data.build(output / "data", settings.dataset, fraction=settings.fraction)
+    first = parse_cfg(_recipe(settings, settings.methods[0], pictures))
     bank, queries = _images(first, True), _images(first, False)
-    ks = list(cfg.knn.ks)
+    ks = list(settings.knn.ks)
 
     def accuracy(network: nn.Module, ks: list[int]) -> dict[int, tuple[float, float]]:
         (features, labels), (query_features, query_labels) = (
@@ -104,13 +103,13 @@ def run_demo(cfg: DictConfig) -> dict[str, Any]:
         )
         inputs = features, labels, query_features, query_labels
         ks = [k for k in ks if k <= len(features)]
-        return knn_accuracy(*inputs, ks=ks, temperature=cfg.knn.temperature)
+        return knn_accuracy(*inputs, ks=ks, temperature=settings.knn.temperature)
 
     def knn(network: nn.Module) -> dict[str, dict[str, float]]:
         return _percent(accuracy(network, ks))
 
     def top1(network: nn.Module) -> float:
-        return accuracy(network, [cfg.knn.k])[cfg.knn.k][0]
+        return accuracy(network, [settings.knn.k])[settings.knn.k][0]
 
     results: dict[str, Any] = {
         "data": json.loads((pictures / "about.json").read_text()),
@@ -123,10 +122,10 @@ def run_demo(cfg: DictConfig) -> dict[str, Any]:
     }
     sample = next(iter(pretrain_loader(first)))
     trained = {}
-    for method in cfg.methods:
+    for method in settings.methods:
         print(f"\n== {method} ==", flush=True)
-        recipe = _recipe(cfg, method, pictures)
-        checkpoint = pretrain(recipe, [CurveRecorder(top1, cfg.knn.every)])
+        recipe = _recipe(settings, method, pictures)
+        checkpoint = pretrain(recipe, [CurveRecorder(top1, settings.knn.every)])
         assert checkpoint is not None
         teacher, _ = load_backbone(checkpoint)
         trained[method] = teacher
@@ -139,11 +138,11 @@ def run_demo(cfg: DictConfig) -> dict[str, Any]:
             "epochs": curve,
             "monitor": read_monitor(checkpoint.parent),
         }
-    key = f"k{cfg.knn.k}"
+    key = f"k{settings.knn.k}"
     floor = results["baselines"]["untrained"][key]["top1"]
     for result in results["methods"].values():
         result["gain_over_untrained"] = round(result["knn"][key]["top1"] - floor, 2)
-    results["settings"] = OmegaConf.to_container(cfg, resolve=True)
+    results["settings"] = asdict(settings)
     results["recipe"] = OmegaConf.to_container(first, resolve=True)
     results["versions"] = _versions()
     results["seconds"] = round(time.monotonic() - started, 1)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
 from dinovmf_plugin import registry
 from dinovmf_plugin.demo import run
+from dinovmf_plugin.demo.settings import DemoSettings
+from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training.config import parse_cfg
 
 
@@ -21,9 +22,9 @@ def _demo(*overrides: str) -> Any:
 @pytest.mark.parametrize("method", sorted(registry.method_classes()))
 def test_recipe__every_method__is_accepted(method, tmp_path, build):
     (tmp_path / "train" / "class").mkdir(parents=True)
-    cfg = _demo(f"output_dir={tmp_path}")
-    recipe = parse_cfg(run._recipe(cfg, method, tmp_path))
+    settings = read(DemoSettings, _demo(f"output_dir={tmp_path}"))
+    recipe = parse_cfg(run._recipe(settings, method, tmp_path))
     assert recipe.method == method
-    own = OmegaConf.to_container(cfg.method_settings).get(method, {})
+    own = settings.method_settings.get(method, {})
     module = build(recipe)
     assert {key: getattr(module.settings, key) for key in own} == own

@@ -128,6 +128,6 @@ def test_untrained__is_where_every_method_starts(tmp_path):
 
 
 def test_unknown_method__named_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="methods='dinosaur' is unknown: choose from .*dino_vmf"):
+    with pytest.raises(ValueError, match=r"methods=\['dinosaur'\] must be a list of .*dino_vmf"):
         run_demo(_settings(tmp_path / "demo", methods="[dinosaur]"))
     assert not (tmp_path / "demo").exists()

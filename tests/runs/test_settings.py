@@ -137,7 +137,7 @@ KEYS = [
     pytest.param(kind, setting, id=f"{kind.__module__.split('.', 1)[1]}.{kind.__name__}.{name}")
     for kind in KINDS
     for name, setting in settings_of(kind).items()
-    if setting.group is None
+    if setting.group is None and name in vars(kind).get("__annotations__", {})  # not inherited
 ]
 
 

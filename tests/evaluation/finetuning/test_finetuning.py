@@ -306,7 +306,7 @@ def test_a_sweep_learns_resumes_exactly_and_reports_the_best(
         ("checkpoint=nothing.pth", "no checkpoint file nothing.pth"),
         ("checkpoint=random:nonsense", "random:nonsense names no Vision Transformer of timm"),
         ("finetune.epochs=2.5", "finetune.epochs=2.5 must be a whole number"),
-        ("finetune.lr=high", "finetune.lr='high' must be a list of numbers or a number"),
+        ("finetune.lr=high", "finetune.lr='high' must be a number above 0 or a list of"),
         ("finetune.warmup_epochs=9", "warmup_epochs=9 must be"),
         ("data.val_path=null", "data.val_path=None must be set"),
     ],
