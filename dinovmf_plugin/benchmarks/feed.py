@@ -3,7 +3,7 @@
     step         the step alone: the same batch on the device, again and again
     dali         the same step fed by DALI (``data.format=dali``)
     torchvision  the same step fed by torchvision's worker processes
-    compiled     the step alone with the backbones' blocks compiled (``torch.compile``)
+    compiled     the step alone with ``performance.compile=True``
 
 and the two loaders alone. Steps run inside Lightning's Trainer with the recipe's crops, loss, optimiser
 and EMA; the files are those of ``benchmark.py data``.
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
@@ -131,11 +131,10 @@ def _train(
     """Seconds per step, and the bytes that the GPU's allocator handed out at most."""
     steps = settings["warmup"] + settings["steps"]
     torch.manual_seed(0)
-    module: LightningModule = build_method(cfg.copy())
+    cfg = cfg.copy()
     if compiled:
-        for network in (module.backbone, module.momentum_backbone):
-            for block in network.blocks:  # type: ignore[union-attr]
-                block.compile()
+        OmegaConf.update(cfg, "performance.compile", True, force_add=True)
+    module: LightningModule = build_method(cfg)
     window = _Window(settings["warmup"])
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

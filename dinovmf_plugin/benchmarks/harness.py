@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "allocator",
     "check_choice",
     "in_own_process",
     "machine",
@@ -80,8 +81,23 @@ def in_own_process(module: str, function: str, *arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def allocator() -> str:
+    """What gives this process its memory: times of large tensors depend on it.
+
+    Example:
+        >>> isinstance(allocator(), str)
+        True
+    """
+    name = " ".join(platform.libc_ver()).strip() or "system"
+    for library in os.environ.get("LD_PRELOAD", "").replace(":", " ").split():
+        if "malloc" in library:
+            name = Path(library).name
+    tuned = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")]
+    return " ".join([name, *tuned])
+
+
 def machine() -> dict[str, Any]:
-    """Processor, threads, load and library versions, as the reports record them."""
+    """Processor, threads, allocator, load and library versions, as the reports record them."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -92,6 +108,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "allocator": allocator(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

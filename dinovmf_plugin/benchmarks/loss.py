@@ -30,7 +30,7 @@ from dinovmf_plugin.benchmarks.harness import (
 from dinovmf_plugin.benchmarks.loss_candidates import CANDIDATES, Workload
 from dinovmf_plugin.losses.plan import multiplies_natively
 
-__all__ = ["main", "measure", "peak_memory"]
+__all__ = ["DEFAULTS", "fresh_peak", "main", "measure", "peak_memory"]
 
 DEFAULTS: dict[str, Any] = {
     "batch": "16,64",  # images, comma-separated
@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "repeats": 7,
     "slow_seconds": 3.0,  # a candidate whose first step takes longer is repeated 3 times only
     "memory": 1,  # 0: times only
-    "candidates": ",".join(CANDIDATES),
+    "candidates": "none,vmf,lightly,per_pair,products",  # and eager, of interest on a GPU
     "output": "",  # JSON file; written only if given, never over an existing one
 }
 
@@ -62,7 +62,8 @@ def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) 
     """Times of the candidates in turns of changing order, and how far gradients are from ``none``'s.
 
     Returns:
-        ``seconds`` (all), ``median``, ``best`` and ``difference`` by candidate.
+        ``seconds`` (all), ``median``, ``best``, ``spread`` (slowest over fastest) and ``difference``
+        by candidate.
     """
     device = settings["device"]
     load = Workload(batch, settings["prototypes"], settings["dim"], settings["crops"], half, device)
@@ -95,6 +96,7 @@ def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) 
         "seconds": seconds,
         "median": {name: statistics.median(s) for name, s in seconds.items()},
         "best": {name: min(s) for name, s in seconds.items()},
+        "spread": {name: max(s) / min(s) for name, s in seconds.items()},
         "difference": difference,
     }
 
@@ -124,7 +126,7 @@ def peak_memory(name: str, settings: dict[str, Any], batch: int, half: bool) -> 
     return torch.cuda.max_memory_allocated() - allocated
 
 
-def _fresh_peak(name: str, settings: dict[str, Any], batch: int, half: bool) -> float:
+def fresh_peak(name: str, settings: dict[str, Any], batch: int, half: bool) -> float:
     """``peak_memory`` in MB (1e6 bytes), on a CPU in a process that did nothing else."""
     if settings["device"] == "cuda":
         return peak_memory(name, settings, batch, half) / 1e6
@@ -149,9 +151,12 @@ def _ratios(values: dict[str, float]) -> dict[str, float]:
 
 def _print(row: dict[str, Any]) -> None:
     print(f"\nbatch {row['batch']}, {row['precision']}")
-    print(f"  {'':10s}{'median s':>10s}{'best s':>10s}{'/ none':>9s}{'peak MB':>10s}{'/ none':>9s}")
+    print(
+        f"  {'':10s}{'median s':>10s}{'best s':>10s}{'spread':>8s}{'/ none':>9s}{'peak MB':>10s}"
+        f"{'/ none':>9s}"
+    )
     for name, seconds in row["median"].items():
-        line = f"  {name:10s}{seconds:10.4f}{row['best'][name]:10.4f}"
+        line = f"  {name:10s}{seconds:10.4f}{row['best'][name]:10.4f}{row['spread'][name]:8.2f}"
         line += f"{row['time_ratio'].get(name, 1.0):9.3f}"
         if row["peak_mb"]:
             line += f"{row['peak_mb'][name]:10.0f}{row['peak_ratio'].get(name, 1.0):9.3f}"
@@ -196,7 +201,7 @@ def main(argv: list[str]) -> None:
             row: dict[str, Any] = {"batch": batch, "precision": precision}
             row.update(measure(names, settings, batch, half))
             row["time_ratio"] = _ratios(row["median"])
-            peaks = {n: _fresh_peak(n, settings, batch, half) for n in names if settings["memory"]}
+            peaks = {n: fresh_peak(n, settings, batch, half) for n in names if settings["memory"]}
             row["peak_mb"] = peaks
             row["peak_ratio"] = _ratios(peaks) if peaks else {}
             _print(row)

@@ -1,6 +1,7 @@
 """The candidates of ``benchmark.py loss``: one step of head's last layer and loss, on the same tensors.
 
     none, vmf   this project: ``Prototypes``, ``LogitCentering``, ``prototype_cross_entropy``
+    eager       none without Triton's kernels (``DINOVMF_TRITON=0``): what they give, on a GPU
     lightly     ``DINOProjectionHead.last_layer`` and ``DINOLoss`` (optional: pip install lightly)
     per_pair    the published formula: all logits, then one cross-entropy per pair of views
     products    only the matrix products that nobody can do without: teacher and student logits and the
@@ -12,9 +13,11 @@ that only emulates it, ``products`` are float32 products: the fastest that this 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +31,7 @@ from dinovmf_plugin.losses.plan import multiplies_natively
 
 __all__ = ["CANDIDATES", "Workload"]
 
-CANDIDATES = ("none", "vmf", "lightly", "per_pair", "products")
+CANDIDATES = ("none", "vmf", "eager", "lightly", "per_pair", "products")
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, MOMENTUM = 0.1, 0.04, 0.9
 
 Forward = Callable[[], Tensor]
@@ -70,8 +73,8 @@ class Workload:
         if name == "products":
             return self._products()
         y = self.student_rows.clone().requires_grad_()
-        if name in ("none", "vmf"):
-            forward, layer = self._project(y, name)
+        if name in ("none", "vmf", "eager"):
+            forward, layer = self._project(y, "none" if name == "eager" else name)
         elif name == "lightly":
             forward, layer = self._lightly(y)
         elif name == "per_pair":
@@ -81,7 +84,11 @@ class Workload:
         leaves: dict[str, Tensor] = {"embeddings": y, **dict(layer.named_parameters())}
 
         def step() -> dict[str, Tensor]:
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
+            kernels = "0" if name == "eager" else os.environ.get("DINOVMF_TRITON", "1")
+            with (
+                mock.patch.dict(os.environ, {"DINOVMF_TRITON": kernels}),
+                torch.autocast(self.device, torch.bfloat16, enabled=self.half),
+            ):
                 loss = forward()
             loss.backward()
             out = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}

@@ -1,12 +1,15 @@
-"""A whole training step inside the Trainer: DINO-vMF beside plain DINO and solo-learn's own DINO.
+"""A whole training step inside the Trainer: DINO-vMF beside lightly's loop and solo-learn's own DINO.
 
-    dino_vmf         the method with its defaults (vmf + probability)
-    dino_vmf none    the same step with ``normalization=none``: what the log-normaliser costs
-    dino_multicrop   DINO as published (none + logit)
-    host             solo-learn's ``dino`` on the same two views; it has no multi-crop, so only with crops=0
+    dino_vmf           the method with its defaults (vmf + probability)
+    dino_vmf none      the same step with ``normalization=none``: what the log-normaliser costs
+    dino_vmf compiled  the same step with ``performance.compile=True`` (not among the defaults)
+    dino_multicrop     DINO as published (none + logit)
+    lightly            DINO as lightly's example wires it (optional: pip install lightly)
+    host               solo-learn's ``dino`` on the same two views; it has no multi-crop, so only with crops=0
 
-All train the same backbone on the same crops in memory, and take turns, some steps at a time. A step is
-the time from one batch to the next: forward, loss, backward, optimiser, EMA and Lightning's own work.
+All train the same backbone on the same crops, which come as the loaders give them, and take turns, some
+steps at a time. A step is the time from one batch to the next: forward, loss, backward, optimiser, EMA and
+Lightning's own work.
 
     python scripts/benchmark.py step batch=8 output=results/benchmark_step.json
 """
@@ -21,24 +24,30 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinovmf_plugin import host
-from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
+from dinovmf_plugin.benchmarks.harness import (
+    check_choice,
+    machine,
+    parse_arguments,
+    write_report,
+)
+from dinovmf_plugin.benchmarks.launches import StepLaunches
+from dinovmf_plugin.benchmarks.step_candidates import (
+    CANDIDATES,
+    CLASSES,
+    HOST,
+    LIGHTLY,
+    PATCH,
+    available,
+    build,
+    recipe,
+)
 from dinovmf_plugin.benchmarks.training import train_quietly
-from dinovmf_plugin.pretraining import build_method
-from dinovmf_plugin.recipes import Candidate, compose_recipe
-from dinovmf_plugin.training.config import parse_cfg
 
-__all__ = ["CANDIDATES", "DEFAULTS", "main", "measure"]
-
-CANDIDATES = {
-    "dino_vmf": Candidate("dino_vmf"),
-    "dino_vmf none": Candidate("dino_vmf", settings={"normalization": "none"}),
-    "dino_multicrop": Candidate("dino_multicrop"),
-}
-HOST = "host"
+__all__ = ["DEFAULTS", "count", "main", "measure"]
 
 DEFAULTS: dict[str, Any] = {
     "batch": 8,  # images
@@ -48,24 +57,13 @@ DEFAULTS: dict[str, Any] = {
     "prototypes": 65536,
     "precision": "32-true",  # Lightning's
     "accelerator": "cpu",  # cpu | gpu
+    "batches": "pinned",  # on a GPU: device (as DALI gives them) | pinned (torchvision) | pageable
+    "candidates": "dino_vmf,dino_vmf none,dino_multicrop,lightly,host",
+    "peak_tflops": 989.0,  # of the card in this precision: H100 with dense bf16 products
     "rounds": 5,  # turns of each candidate
-    "steps": 4,  # measured steps of a turn; one more warms up
+    "steps": 4,  # measured steps of a turn; two more warm up
     "output": "",  # JSON file; written only if given, never over an existing one
 }
-_PATCH = 16
-_CLASSES = 1000
-_HOST_KWARGS = (
-    "proj_hidden_dim",
-    "proj_output_dim",
-    "num_prototypes",
-    "use_bn_in_head",
-    "clip_grad",
-    "freeze_last_layer",
-    "student_temperature",
-    "teacher_temperature",
-    "warmup_teacher_temperature",
-    "warmup_teacher_temperature_epochs",
-)
 
 
 class _Clock(Callback):
@@ -85,64 +83,62 @@ class _Clock(Callback):
         return [b - a for a, b in zip(self.starts[1:-1], self.starts[2:], strict=True)]
 
 
-def _recipe(settings: dict[str, Any], candidate: Candidate) -> DictConfig:
-    crops = settings["crops"]
-    overrides = [
-        f"augmentations={'dino_multicrop' if crops else 'dino_two_crops'}",
-        f"backbone.name={settings['backbone']}",
-        f"backbone.kwargs.img_size={settings['size']}",
-        f"optimizer.batch_size={settings['batch']}",
-        f"method_kwargs.num_prototypes={settings['prototypes']}",
-        "method_kwargs.freeze_last_layer=0",
-        "++method_kwargs.monitor=False",
-        "data.no_labels=True",
-        "max_epochs=30",
-    ]
-    cfg = compose_recipe(
-        "custom/dino_vmf", candidate, seed=0, overrides=overrides, data={"train_path": "."}
-    )
-    for pipeline in cfg.augmentations:
-        pipeline.crop_size = settings["size"]
-    if crops:
-        local = settings["size"] * 96 // 224 // _PATCH * _PATCH
-        cfg.augmentations[-1].update({"crop_size": max(local, _PATCH), "num_crops": crops})
-    cfg = parse_cfg(cfg)
-    cfg.data.num_classes = _CLASSES
-    cfg.checkpoint.enabled = False
-    return cfg
+class _Operations(Callback):
+    """Floating-point operations of the products of the second step."""
 
+    def __init__(self) -> None:
+        self._counter: Any = None
+        self.total = 0
 
-def _module(settings: dict[str, Any], name: str) -> LightningModule:
-    torch.manual_seed(0)
-    if name != HOST:
-        return build_method(_recipe(settings, CANDIDATES[name]))  # type: ignore[no-any-return]
-    cfg = _recipe(settings, CANDIDATES["dino_multicrop"])
-    cfg.method = "dino"
-    kept = {key: cfg.method_kwargs[key] for key in _HOST_KWARGS}
-    cfg.method_kwargs = OmegaConf.create({**kept, "norm_last_layer": False})
-    cfg.scheduler.name = "none"
-    return build_method(cfg)  # type: ignore[no-any-return]
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self.total, self._counter = self._counter.get_total_flops(), None
 
 
 def _batch(settings: dict[str, Any]) -> list[Any]:
     sizes = [
         pipeline.crop_size
-        for pipeline in _recipe(settings, CANDIDATES["dino_vmf"]).augmentations
+        for pipeline in recipe(settings, CANDIDATES["dino_vmf"]).augmentations
         for _ in range(pipeline.num_crops)
     ]
     generator = torch.Generator().manual_seed(0)
     count = settings["batch"]
+
+    def placed(x: torch.Tensor) -> torch.Tensor:
+        if settings["accelerator"] != "gpu" or settings["batches"] == "pageable":
+            return x
+        return x.cuda() if settings["batches"] == "device" else x.pin_memory()
+
     crops = [torch.randn(count, 3, size, size, generator=generator) for size in sizes]
-    return [torch.arange(count), crops, torch.randint(_CLASSES, (count,), generator=generator)]
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    return [placed(torch.arange(count)), [placed(crop) for crop in crops], placed(labels)]
 
 
-def _turn(settings: dict[str, Any], module: LightningModule, batch: list[Any]) -> list[float]:
-    """Seconds of the measured steps of one short training."""
-    clock, steps = _Clock(), settings["steps"] + 2
+def _train(
+    settings: dict[str, Any], module: LightningModule, batch: list[Any], steps: int, watch: Callback
+) -> None:
     loader: Any = DataLoader([batch] * steps, batch_size=None)  # type: ignore[arg-type]
     options = {key: settings[key] for key in ("accelerator", "precision")}
-    train_quietly(module, loader, clock, **options)
-    return clock.seconds
+    train_quietly(module, loader, watch, **options)
+
+
+def count(settings: dict[str, Any], module: LightningModule, batch: list[Any]) -> dict[str, Any]:
+    """What one step asks for, by the dispatcher: ``launches``, ``waits`` and ``flops`` of its products.
+
+    None for compiled modules, whose operations the dispatcher does not see.
+    """
+    if getattr(getattr(module, "backbone", None), "packed_block", None) is not None:
+        return {"launches": None, "waits": None, "flops": None}
+    launches, operations = StepLaunches(), _Operations()
+    _train(settings, module, batch, 3, launches)
+    _train(settings, module, batch, 3, operations)
+    return {"launches": launches.total, "waits": launches.waits, "flops": operations.total}
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
@@ -152,27 +148,70 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         settings: as ``DEFAULTS``.
 
     Returns:
-        ``seconds`` (all), their ``median`` and ``ratio``, the median of dino_vmf over each other
-        candidate's, by candidate.
+        ``seconds`` (all), their ``median``, ``ratio`` (the median of dino_vmf over each other
+        candidate's), ``images_per_second``, ``counts`` (see ``count``), on a GPU also ``peak_mb`` and
+        ``share`` of the card's peak, by candidate.
     """
-    names = [*CANDIDATES, *([] if settings["crops"] else [HOST])]
-    modules = {name: _module(settings, name) for name in names}
+    names = available(settings["candidates"].split(","), settings["crops"])
+    modules = {name: build(settings, name) for name in names}
     batch = _batch(settings)
+    on_gpu = settings["accelerator"] == "gpu"
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks = dict.fromkeys(names, 0.0)
     for turn in range(settings["rounds"]):
         # every other turn in reverse order: a machine that slows down does not favour the first
         for name in names if turn % 2 == 0 else reversed(names):
-            seconds[name] += _turn(settings, modules[name], batch)
+            clock = _Clock()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            _train(settings, modules[name], batch, settings["steps"] + 2, clock)
+            seconds[name] += clock.seconds
+            if on_gpu:
+                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() / 1e6)
+            modules[name].cpu()  # the next candidate has the device for itself
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ours = median["dino_vmf"]
-    ratio = {name: ours / value for name, value in median.items() if name != "dino_vmf"}
-    return {"seconds": seconds, "median": median, "ratio": ratio}
+    counts = {name: count(settings, modules[name], batch) for name in names}
+    result: dict[str, Any] = {
+        "seconds": seconds,
+        "median": median,
+        "ratio": {name: ours / value for name, value in median.items() if name != "dino_vmf"},
+        "images_per_second": {name: settings["batch"] / value for name, value in median.items()},
+        "counts": counts,
+    }
+    if on_gpu:
+        # a compiled step makes the same products
+        flops = {name: counts[name]["flops"] or counts["dino_vmf"]["flops"] for name in names}
+        peak = settings["peak_tflops"] * 1e12
+        result["share"] = {name: flops[name] / median[name] / peak for name in names}
+        result["peak_mb"] = peaks
+    return result
 
 
 def _check(settings: dict[str, Any]) -> None:
-    for key, low in {"batch": 1, "crops": 0, "size": _PATCH, "rounds": 1, "steps": 1}.items():
+    for key, low in {"batch": 1, "crops": 0, "size": PATCH, "rounds": 1, "steps": 1}.items():
         if settings[key] < low:
             raise ValueError(f"{key}={settings[key]} must be at least {low}")
+    check_choice(settings, "candidates", (*CANDIDATES, LIGHTLY, HOST))
+    check_choice(settings, "batches", ("device", "pinned", "pageable"))
+    if "dino_vmf" not in settings["candidates"].split(","):
+        raise ValueError(
+            "candidates must have dino_vmf among them, which all others are compared to"
+        )
+    if settings["accelerator"] == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator=gpu needs a CUDA device, and there is none: set it to cpu")
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+    line = f"  {name:18s}{result['median'][name]:9.4f} s per step"
+    line += f"{result['images_per_second'][name]:9.1f} images/s"
+    launches = result["counts"][name]["launches"]
+    line += f"{launches:7d} launches" if launches is not None else " " * 16
+    if "share" in result:
+        line += f"{100 * result['share'][name]:6.1f} % of peak{result['peak_mb'][name]:8.0f} MB"
+    if name in result["ratio"]:
+        line += f"   dino_vmf takes {result['ratio'][name]:.3f} of it"
+    return line
 
 
 def main(argv: list[str]) -> None:
@@ -196,13 +235,8 @@ def main(argv: list[str]) -> None:
     }
     print(", ".join(f"{key} {value}" for key, value in info.items()))
     result = measure(settings)
-    for name, value in result["median"].items():
-        shown = (
-            f"   dino_vmf takes {result['ratio'][name]:.3f} of it"
-            if name in result["ratio"]
-            else ""
-        )
-        print(f"  {name:16s}{value:9.4f} s per step{shown}")
+    for name in result["median"]:
+        print(_line(name, result))
     report = {"machine": info, "settings": settings, "results": result}
     write_report("step", argv, report, settings["output"])
 

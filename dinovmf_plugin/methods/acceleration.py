@@ -66,9 +66,15 @@ def compile_networks(*networks: nn.Module) -> None:
     """
     for network in networks:
         if not vits.is_vit(network):
-            network.compile()
-        elif can_pack(network):
-            network.packed_block = torch.compile(packed_block)  # type: ignore[assignment]
-        else:
+            _compile(network)
+        elif not can_pack(network):
             for block in network.blocks:  # type: ignore[union-attr]
-                block.compile()
+                _compile(block)
+        elif getattr(network, "packed_block", None) is None:
+            network.packed_block = torch.compile(packed_block)  # type: ignore[assignment]
+
+
+def _compile(module: nn.Module) -> None:
+    """Once, however often training begins."""
+    if module._compiled_call_impl is None:
+        module.compile()

@@ -59,6 +59,6 @@ def test_wrong_argument__is_named(argument, message):
 def test_peak_memory__counts_what_a_step_needs():
     settings = {**loss.DEFAULTS, "prototypes": 8192, "dim": 16, "crops": 2}
     # in a process of its own: here, memory that other tests have freed would be used again
-    peak = 1e6 * loss._fresh_peak("products", settings, 256, half=False)
+    peak = 1e6 * loss.fresh_peak("products", settings, 256, half=False)
     logits = 4 * 8192 * 4 * 256  # bytes of the student's logits alone
     assert 0.95 * logits < peak < 4 * logits
