@@ -32,10 +32,10 @@ def _usage() -> str:
 
 
 def _prepare_for_host_script() -> None:
-    """Register the methods; without a GPU, let the host's literal ``.cuda()`` calls stay on the CPU.
+    """Register the methods; without a GPU, what the host's scripts send to one stays on the CPU.
 
-    ``main_knn.py`` and ``main_umap.py`` use neither hydra nor a device option: without this they know none
-    of the plugin's methods, and stop at the first batch on a machine without CUDA.
+    ``main_knn.py`` calls ``.cuda()``, ``main_umap.py`` says ``"cuda:0"``; neither uses hydra nor has a device
+    option: without this they know none of the plugin's methods, and stop on a machine without CUDA.
     """
     import torch
 
@@ -43,12 +43,27 @@ def _prepare_for_host_script() -> None:
 
     register()
     if not torch.cuda.is_available():
-        torch.Tensor.cuda = _stay  # type: ignore[method-assign, assignment]
-        torch.nn.Module.cuda = _stay  # type: ignore[method-assign, assignment]
+        for kind in (torch.Tensor, torch.nn.Module):
+            kind.cuda = _stay  # type: ignore[method-assign, assignment]
+            kind.to = _to_cpu(kind.to)  # type: ignore[method-assign, assignment]
 
 
 def _stay(self, *args, **kwargs):  # type: ignore[no-untyped-def]
     return self
+
+
+def _to_cpu(method):  # type: ignore[no-untyped-def]
+    """``Tensor.to`` or ``Module.to`` for which a CUDA device means the CPU."""
+    import torch
+
+    def to(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        def moved(value):  # type: ignore[no-untyped-def]
+            named = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+            return "cpu" if named else value
+
+        return method(self, *map(moved, args), **{k: moved(v) for k, v in kwargs.items()})
+
+    return to
 
 
 @one_clear_message

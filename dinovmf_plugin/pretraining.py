@@ -29,7 +29,13 @@ from dinovmf_plugin.training.checkpointer import (
     make_folder,
 )
 from dinovmf_plugin.training.config import parse_cfg
-from dinovmf_plugin.training.loggers import RunIds, build_loggers, log_config, stored_run_ids
+from dinovmf_plugin.training.loggers import (
+    RunIds,
+    build_loggers,
+    close_loggers,
+    log_config,
+    stored_run_ids,
+)
 from dinovmf_plugin.training.progress import LossProgressBar
 from dinovmf_plugin.training.resuming import check_content, check_tensors
 from dinovmf_plugin.training.stored_config import StoredConfig
@@ -305,5 +311,6 @@ def _pretrain(cfg: DictConfig, callbacks: Sequence[Callback]) -> Path | None:
         ) from error
     finally:
         data.close()
+        close_loggers(trainer.loggers)
     found = [c for c in trainer.callbacks if isinstance(c, Checkpointer)]  # type: ignore[attr-defined]
     return found[0].last_ckpt if found else None

@@ -1,9 +1,10 @@
 """Repair of the host's DALI data module (solo-learn main), so that the host's own main_pretrain.py works.
 
-Upstream passes ``device_id=local_rank`` to a CPU pipeline (DALI wants None where there is no GPU), seeds
-every run alike, and restarts its random streams on resume. The plugin's methods are given the plugin's
+Upstream passes ``device_id=local_rank`` to a CPU pipeline (DALI wants None where there is no GPU), hands
+Lightning None where there are no validation images, seeds every run alike, and restarts its random streams on
+resume. The plugin's methods are given the plugin's
 loader, which reads the same ``augmentations`` and ``data`` nodes; the host's own methods keep the host's
-pipeline, with only the device repaired.
+pipeline, with only the device and the missing validation repaired.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def patch_data() -> None:
                 self.device_id = None
 
     def setup(self: Any, stage: str | None = None) -> None:
+        if self.val_dataloader() is None:  # without data.val_path; Lightning wants an empty list
+            self.val_dataloader = list
         module = self.trainer.lightning_module
         if not _is_ours(module):
             host_setup(self, stage)

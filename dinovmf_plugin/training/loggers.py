@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from dinovmf_plugin.runs.files import write_json
 from dinovmf_plugin.training.schema import LOGGERS
 
-__all__ = ["RunIds", "build_loggers", "log_config", "stored_run_ids"]
+__all__ = ["RunIds", "build_loggers", "close_loggers", "log_config", "stored_run_ids"]
 
 _FILE = "run_ids.json"
 
@@ -102,6 +102,13 @@ def log_config(loggers: Iterable[Logger], cfg: DictConfig, run_ids: Mapping[str,
     for logger in loggers:
         if not (isinstance(logger, MLFlowLogger) and "mlflow" in run_ids):
             logger.log_hyperparams(whole)
+
+
+def close_loggers(loggers: Iterable[Logger]) -> None:
+    """End the run at wandb: the next one of this process would go on in it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger.experiment.finish()
 
 
 def stored_run_ids(folder: Path) -> dict[str, str]:
