@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import SwiGLUPacked
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -75,6 +76,7 @@ class ViTShape:
         qk_norm: whether queries and keys are normalised.
         reg_tokens: register tokens beside CLS.
         no_embed_class: whether only patches have position embeddings.
+        swiglu: whether the MLP is gated (DINOv2's giant): ``mlp_ratio`` counts both halves.
     """
 
     embed_dim: int
@@ -91,6 +93,7 @@ class ViTShape:
     qk_norm: bool = False
     reg_tokens: int = 0
     no_embed_class: bool = False
+    swiglu: bool = False
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -100,6 +103,8 @@ class ViTShape:
     @property
     def architecture(self) -> str:
         """Nearest name in timm, such as ``vit_small_patch16_224``; sizes are kept in ``model_args``."""
+        if self.swiglu:  # the one name that stands for a gated MLP
+            return "vit_giant_patch14_dinov2"
         names = {"vit_huge": "vit_huge_patch14_224", "vit_tiny": "vit_tiny_patch16_224"}
         name = _STANDARD.get(self.embed_dim, ("vit_base", 0, 0))[0]
         if self.patch_size == (8, 8) and name in ("vit_small", "vit_base"):
@@ -272,6 +277,36 @@ def _grid(
     )
 
 
+def _positions(
+    count: int,
+    registers: int,
+    patch_size: tuple[int, int],
+    config: Mapping[str, Any],
+    img_size: tuple[int, int] | None,
+) -> tuple[bool, tuple[int, int]]:
+    """Whether only patches have position embeddings, and their grid.
+
+    What the config says; else CLS and registers have them too, unless the patches then make no grid.
+    """
+    told = told_arguments(config).get("no_embed_class")
+    if told is not None:
+        return bool(told), _grid(
+            count - (0 if told else 1 + registers), patch_size, config, img_size
+        )
+    try:
+        return False, _grid(count - 1 - registers, patch_size, config, img_size)
+    except ValueError:
+        if math.isqrt(count) ** 2 != count:
+            raise
+        return True, _grid(count, patch_size, config, img_size)
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Hidden width over width, such that timm's ``int(width * ratio)`` gives it back."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
+
+
 def infer_shape(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any] | None = None,
@@ -327,15 +362,16 @@ def infer_shape(
     heads, heads_from = _heads(embed_dim, config, model_name, num_heads)
     told = told_arguments(config)
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
-    no_embed_class = bool(told.get("no_embed_class"))
-    prefix = 0 if no_embed_class else 1 + registers
+    no_embed_class, grid = _positions(pos.shape[1], registers, patch_size, config, img_size)
+    hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
+    down = tensors.get("blocks.0.mlp.fc2.weight")
     return ViTShape(
         embed_dim=embed_dim,
         depth=len(numbers),
         num_heads=heads,
-        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        mlp_ratio=_ratio(hidden, embed_dim),
         patch_size=patch_size,
-        grid=_grid(pos.shape[1] - prefix, patch_size, config, img_size),
+        grid=grid,
         in_chans=conv.shape[1],
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         layer_scale="blocks.0.ls1.gamma" in tensors,
@@ -345,12 +381,17 @@ def infer_shape(
         qk_norm=bool(told.get("qk_norm")),
         reg_tokens=registers,
         no_embed_class=no_embed_class,
+        swiglu=down is not None and down.ndim == 2 and hidden == 2 * down.shape[1],
     )
 
 
-def build_vit(shape: ViTShape) -> VisionTransformer:
-    """An untrained timm ViT of this shape without classifier; LayerNorm epsilon 1e-6 as official."""
-    return VisionTransformer(num_classes=0, weight_init="skip", **shape.model_args)
+def build_vit(shape: ViTShape, weight_init: str = "skip") -> VisionTransformer:
+    """An untrained timm ViT of this shape without classifier; LayerNorm epsilon 1e-6 as official.
+
+    ``weight_init=""`` draws timm's initial weights.
+    """
+    gated = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if shape.swiglu else {}
+    return VisionTransformer(num_classes=0, weight_init=weight_init, **gated, **shape.model_args)
 
 
 def resize_position_embedding(vit: nn.Module, img_size: tuple[int, int]) -> Tensor:

@@ -37,7 +37,7 @@ def _print(report: LoadReport, written: list[Path]) -> int:
 
 @one_clear_message
 def import_main(argv: Sequence[str] | None = None) -> int:
-    """``import --source dino|ibot|msn|solo FILE --output OUT.safetensors``.
+    """``import --source dino|dinov2|ibot|msn|solo FILE --output OUT.safetensors``.
 
     Returns 0; bad input ends in one sentence and exit status 2.
     """

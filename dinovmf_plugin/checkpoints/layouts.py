@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from dinovmf_plugin.core.vit import PositionResampling
 __all__ = ["Source", "StoredWeights", "Which", "read_weights"]
 
 Which = Literal["teacher", "student"]
-Source = Literal["dinovmf_plugin", "solo", "dino", "ibot", "msn", "timm"]
+Source = Literal["dinovmf_plugin", "solo", "dino", "ibot", "msn", "dinov2", "timm"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,12 @@ class StoredWeights:
         """The rule by which the method that wrote the weights resamples position embeddings."""
         own = self.config.get("dinovmf_plugin")
         if isinstance(own, Mapping) and "position_resampling" in own:
-            return "msn" if own["position_resampling"] == "msn" else "dino"
+            rule = own["position_resampling"]
+            return (
+                cast(PositionResampling, rule) if rule in get_args(PositionResampling) else "dino"
+            )
+        if self.source == "dinov2" and "reg_token" in self.backbone:
+            return "antialias"
         method = str(self.config.get("method", ""))
         ours = self.source == "dinovmf_plugin" and method.startswith("msn")
         return "msn" if ours or self.source == "msn" else "dino"
@@ -80,12 +86,44 @@ def _center(section: Any, key: str) -> Tensor | None:
 
 
 def _backbone_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names for the few tensors that iBOT calls otherwise (layer scale)."""
+    """timm's names for the few tensors that iBOT (layer scale) and DINOv2 call otherwise.
+
+    DINOv2: SwiGLU's ``w12`` and ``w3``, ``register_tokens``, and blocks in chunks (``blocks.0.7.`` is the
+    seventh). Its registers have no position embeddings and come after those are added, so that CLS takes its
+    own embedding into the token, as in timm: ``no_embed_class``.
+    """
     renamed = {}
     for name, value in tensors.items():
         name = name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma")
+        name = name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+        name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
         renamed[name] = value
+    if "register_tokens" in renamed and {"cls_token", "pos_embed"} <= renamed.keys():
+        pos = renamed["pos_embed"]
+        renamed["reg_token"] = renamed.pop("register_tokens")
+        renamed["cls_token"] = renamed["cls_token"] + pos[:, :1]
+        renamed["pos_embed"] = pos[:, 1:]
     return renamed
+
+
+def _is_dinov2(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether raw backbone tensors have names or shapes that DINOv2 alone writes."""
+    token = tensors.get("mask_token")
+    return (
+        "register_tokens" in tensors
+        or any(".mlp.w12." in name for name in tensors)
+        or (token is not None and token.ndim == 2 and "blocks.0.ls1.gamma" in tensors)
+        or any(re.match(r"blocks\.\d+\.\d+\.", name) for name in tensors)
+    )
+
+
+def _told_by_dinov2(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, with what the conversion of ``register_tokens`` has made of the position embeddings."""
+    if "register_tokens" not in tensors:
+        return dict(config)
+    own = config.get("model_args")
+    told = dict(own) if isinstance(own, Mapping) else {}
+    return {**config, "model_args": {**told, "no_embed_class": True}}
 
 
 def _head_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -186,15 +224,18 @@ def _student_teacher(path: Path, content: dict[str, Any], which: Which) -> Store
         "last_layer2" in name or name.endswith("masked_embed") for net in networks for name in net
     )
     args = content.get("args")
-    backbone = _backbone_names(_below(tensors, "backbone."))
-    masked = backbone.get("masked_embed")
+    raw = _below(tensors, "backbone.")
+    backbone = _backbone_names(raw)
+    masked = backbone.get("masked_embed", backbone.get("mask_token"))
+    source: Source = "dinov2" if _is_dinov2(raw) else "ibot" if ibot else "dino"
+    told = dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
     return StoredWeights(
         path,
-        "ibot" if ibot else "dino",
+        source,
         which,
         backbone,
-        _head_names(_below(tensors, "head.")),
-        dict(vars(args)) if isinstance(args, argparse.Namespace) else {},
+        _head_names(_below(tensors, "head.", "dino_head.")),
+        _told_by_dinov2(raw, told),
         None if masked is None else masked.reshape(1, 1, -1),
         _center(content.get("ibot_loss" if ibot else "dino_loss"), "center"),
     )
@@ -226,7 +267,19 @@ def _bare(path: Path, content: dict[str, Any]) -> StoredWeights:
     config = config if isinstance(config, dict) else {}
     own = config.get("dinovmf_plugin")
     which = str(own.get("which", "unnamed")) if isinstance(own, Mapping) else "unnamed"
-    return StoredWeights(path, "timm", which, _backbone_names(backbone), _head_names(head), config)
+    names = _backbone_names(backbone)
+    if not _is_dinov2(backbone):
+        return StoredWeights(path, "timm", which, names, _head_names(head), config)
+    token = names.get("mask_token")
+    return StoredWeights(
+        path,
+        "dinov2",
+        which,
+        names,
+        _head_names(head),
+        _told_by_dinov2(backbone, config),
+        None if token is None else token.reshape(1, 1, -1),
+    )
 
 
 def read_weights(path: str | Path, which: Which = "teacher") -> StoredWeights:

@@ -25,11 +25,12 @@ from dinovmf_plugin.runs.files import write_file
 
 __all__ = ["IMPORT_SOURCES", "export_weights", "import_weights"]
 
-IMPORT_SOURCES = ("dino", "ibot", "msn", "solo")
+IMPORT_SOURCES = ("dino", "dinov2", "ibot", "msn", "solo")
 
 # the layouts that each project publishes; backbone-only files of the first three look alike
 _ACCEPTED = {
     "dino": ("dino", "timm"),
+    "dinov2": ("dinov2", "timm"),
     "ibot": ("ibot", "timm"),
     "msn": ("msn", "timm"),
     "solo": ("solo", "dinovmf_plugin"),
@@ -84,7 +85,7 @@ def import_weights(
     Args:
         path: official or solo-learn checkpoint.
         output: name of the new file; must end in ``.safetensors``.
-        source: ``dino``, ``ibot``, ``msn`` or ``solo``, checked against what is found.
+        source: ``dino``, ``dinov2``, ``ibot``, ``msn`` or ``solo``, checked against what is found.
         which: ``teacher`` or ``student``.
         model_name: see ``load_backbone``.
         num_heads: see ``load_backbone``.

@@ -26,7 +26,7 @@ __all__ = [
     "resample_positions_as",
 ]
 
-PositionResampling = Literal["dino", "msn"]
+PositionResampling = Literal["dino", "msn", "antialias"]
 
 
 def is_vit(backbone: nn.Module) -> bool:
@@ -61,9 +61,10 @@ def patch_grid(vit: Any, height: int, width: int) -> tuple[int, int]:
 def resample_positions_as(vit: nn.Module, rule: PositionResampling) -> None:
     """Let every function of this module resample the position embeddings of ``vit`` by a published rule.
 
-    Bicubic without antialiasing in both. ``dino`` (the default; DINO and iBOT) adds 0.1 cells to the
-    target in the scale factor, against rounding (dino issue 8); ``msn`` takes the plain ratio of the
-    sides, ``sqrt(n / N)`` in MSN's square crops. At 14 x 14 to 6 x 6 the embeddings differ by 28 %.
+    Bicubic in all. ``dino`` (the default; DINO, iBOT and DINOv2) adds 0.1 cells to the target in the scale
+    factor, against rounding (dino issue 8); ``msn`` takes the plain ratio of the sides, ``sqrt(n / N)`` in
+    MSN's square crops; ``antialias`` (DINOv2 with registers, timm) takes the plain ratio with
+    antialiasing. At 14 x 14 to 6 x 6 the embeddings of the first two differ by 28 %.
 
     Raises:
         ValueError: if the rule is unknown.
@@ -106,8 +107,8 @@ def _position_prefix(vit: Any) -> int:
 def _position_embedding(vit: Any, rows: int, cols: int) -> tuple[Tensor | None, Tensor]:
     """(prefix, patch) position embeddings for a grid: ``(1, P, D)`` or None, ``(1, rows*cols, D)``.
 
-    By the network's rule (``resample_positions_as``); timm's own resampling antialiases, which differs
-    visibly when a 14 x 14 grid shrinks to 6 x 6.
+    By the network's rule (``resample_positions_as``): whether it antialiases is visible when a 14 x 14
+    grid shrinks to 6 x 6.
     """
     pos = vit.pos_embed
     prefix_len = _position_prefix(vit)
@@ -118,11 +119,18 @@ def _position_embedding(vit: Any, rows: int, cols: int) -> tuple[Tensor | None, 
         return prefix, patches
     grid = patches.reshape(1, base_rows, base_cols, -1).permute(0, 3, 1, 2)
     # without a scale factor torch takes the plain ratio of the sides, and no side can round down
-    plain = getattr(vit, "position_resampling", "dino") == "msn"
+    rule = getattr(vit, "position_resampling", "dino")
+    plain = rule != "dino"
     scale = None if plain else ((rows + 0.1) / base_rows, (cols + 0.1) / base_cols)
     size = (rows, cols) if plain else None
     with torch.autocast(grid.device.type, enabled=False):
-        grid = F.interpolate(grid.float(), size=size, scale_factor=scale, mode="bicubic")
+        grid = F.interpolate(
+            grid.float(),
+            size=size,
+            scale_factor=scale,
+            mode="bicubic",
+            antialias=rule == "antialias",
+        )
     return prefix, grid.to(patches.dtype).flatten(2).transpose(1, 2)
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from dinovmf_plugin.checkpoints.architecture import ViTShape
+from dinovmf_plugin.checkpoints.architecture import ViTShape, build_vit
 from dinovmf_plugin.checkpoints.heads import HeadSettings, head_from, with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
 from dinovmf_plugin.checkpoints.loading import backbone_from
@@ -120,7 +119,7 @@ def untrained_like(network: Network, seed: int = 0) -> Network:
     if shape is None:
         raise ValueError(f"{network.label} is no Vision Transformer: it has no untrained twin")
     identity = f"untrained {shape} seed {seed}"
-    model = _random_vit(lambda: VisionTransformer(num_classes=0, **shape.model_args), seed)
+    model = _random_vit(lambda: build_vit(shape, weight_init=""), seed)
     record = {"checkpoint": identity}
     return Network(model, "untrained", identity, record, shape, network.statistics)
 

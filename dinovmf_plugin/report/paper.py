@@ -23,7 +23,7 @@ TABLE_5 = (
     "pets",
     "sun397",
 )
-_FAMILIES = {"ibot": "iBOT", "msn": "MSN", "dino": "DINO"}
+_FAMILIES = {"ibot": "iBOT", "msn": "MSN", "dinov2": "DINOv2", "dino": "DINO"}
 
 
 @dataclass(frozen=True)
