@@ -286,7 +286,8 @@ def _positions(
 ) -> tuple[bool, tuple[int, int]]:
     """Whether only patches have position embeddings, and their grid.
 
-    What the config says; else CLS and registers have them too, unless the patches then make no grid.
+    What the config says; else CLS and registers have them too, unless the patches beside registers then
+    make no grid (timm's DINOv2).
     """
     told = told_arguments(config).get("no_embed_class")
     if told is not None:
@@ -296,7 +297,7 @@ def _positions(
     try:
         return False, _grid(count - 1 - registers, patch_size, config, img_size)
     except ValueError:
-        if math.isqrt(count) ** 2 != count:
+        if not registers or math.isqrt(count) ** 2 != count:
             raise
         return True, _grid(count, patch_size, config, img_size)
 
@@ -390,8 +391,10 @@ def build_vit(shape: ViTShape, weight_init: str = "skip") -> VisionTransformer:
 
     ``weight_init=""`` draws timm's initial weights.
     """
-    gated = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU} if shape.swiglu else {}
-    return VisionTransformer(num_classes=0, weight_init=weight_init, **gated, **shape.model_args)
+    arguments: dict[str, Any] = {**shape.model_args, "weight_init": weight_init}
+    if shape.swiglu:
+        arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    return VisionTransformer(num_classes=0, **arguments)
 
 
 def resize_position_embedding(vit: nn.Module, img_size: tuple[int, int]) -> Tensor:
