@@ -115,11 +115,6 @@ def _check_before_training(recipe: DictConfig, settings: RunSettings, folder: Pa
     bank = check_evaluation({**config, "baselines": list(shared.baselines)}, backbone)
     if shared.k > bank:
         raise ValueError(f"k={shared.k}: data.train_path holds only {bank} images")
-    fit = [isinstance(value, (int, float)) and -1 <= value < 1 for value in shared.thresholds]
-    if not fit or not all(fit):
-        raise ValueError(
-            f"thresholds={list(shared.thresholds)} must be cosines of at least -1 and below 1, such as [0.9]"
-        )
 
 
 def _evaluate(

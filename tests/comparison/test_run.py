@@ -145,17 +145,23 @@ def test_outcome(record: dict[str, float | None], knn: float, outcome: str) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"evaluation": {"knn": {"ks": [0]}}, "k": 0}, "knn.ks"),
+        ({"evaluation": {"knn": {"ks": [0, 1]}}}, "evaluation.knn.ks"),
         ({"evaluation": {"knn": {"ks": [500]}}, "k": 500}, r"knn.ks=\[500\].*holds only 12 images"),
         (
             {"evaluation": {"knn": {"ks": [1, 500]}}, "k": 500},
             "k=500: data.train_path holds only 12",
         ),
         ({"evaluation": {"device": "cuda:99"}}, "device='cuda:99' cannot be used"),
-        ({"evaluation": {"knn": {"feature": "nonsense"}}}, "feature='nonsense' is unknown"),
-        ({"baselines": ["nonsense"]}, "baselines"),
-        ({"thresholds": [2.0]}, "thresholds=.2.0. must be cosines"),
-        ({"thresholds": []}, "thresholds=.. must be cosines"),
+        (
+            {"evaluation": {"knn": {"feature": "nonsense"}}},
+            "evaluation.knn.feature='nonsense' must be cls, ",
+        ),
+        ({"baselines": ["nonsense"]}, "baselines=.* must be a list of untrained or pixels"),
+        (
+            {"thresholds": [2.0]},
+            "thresholds=.2.0. must be a list of numbers of at least -1 and below 1",
+        ),
+        ({"thresholds": []}, "thresholds=.. must be a list of .*, one at least"),
     ],
 )
 def test_what_the_evaluation_would_refuse__is_refused_before_training(
@@ -167,6 +173,10 @@ def test_what_the_evaluation_would_refuse__is_refused_before_training(
         known = isinstance(section, dict)
         evaluation[name] = {**dict(evaluation.get(name) or {}), **section} if known else section
     monkeypatch.setattr(run_module, "train", lambda *_: pytest.fail("trained"))
-    settings = dataclasses.replace(plain, evaluation=evaluation, **{"k": 1, **changes})
-    with pytest.raises(ValueError, match=message):
+
+    def compare() -> None:
+        settings = dataclasses.replace(plain, evaluation=evaluation, **{"k": 1, **changes})
         run_one(RunSettings(settings, VMF, 3))
+
+    with pytest.raises(ValueError, match=message):
+        compare()
