@@ -12,8 +12,9 @@ from dinovmf_plugin.core import schedules
 from dinovmf_plugin.core.centering import make_centering
 from dinovmf_plugin.core.heads import DINOHead
 from dinovmf_plugin.losses.dino import dino_loss
-from dinovmf_plugin.methods.base import DistillationOutput, SelfDistillation
+from dinovmf_plugin.methods.base import DistillationOutput
 from dinovmf_plugin.methods.crops import features_of_crops
+from dinovmf_plugin.methods.em import ComponentsByEM
 from dinovmf_plugin.methods.settings import DINOSettings
 from dinovmf_plugin.training import optimization
 from dinovmf_plugin.training.records import StepRecord
@@ -21,7 +22,7 @@ from dinovmf_plugin.training.records import StepRecord
 __all__ = ["DINOMultiCrop", "DINOvMF"]
 
 
-class DINOMultiCrop(SelfDistillation):
+class DINOMultiCrop(ComponentsByEM):
     """DINO as published: multi-crop, free or unit prototypes, logit centring.
 
     ``method_kwargs.normalization`` and ``method_kwargs.centering`` reach all cells of the paper's Table 1.
@@ -50,6 +51,7 @@ class DINOMultiCrop(SelfDistillation):
             iterations=s.sinkhorn_iterations,
         )
         self.initialize_from_checkpoint()
+        self.make_components()
 
     def make_head(self) -> DINOHead:
         """A projection head as the settings describe it."""
@@ -98,13 +100,17 @@ class DINOMultiCrop(SelfDistillation):
             for parameter in self.last_layer_parameters():
                 parameter.grad = None
 
+    def pooled_teacher(self, crops: list[Tensor]) -> Tensor:
+        """The teacher's features of crops, ``(rows, D)``."""
+        return torch.cat(features_of_crops(self.momentum_backbone, crops))
+
     @torch.no_grad()
     def teacher_targets(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Targets ``(G, B, K)``, embeddings ``(G * B, p)`` and features ``(G * B, D)`` of the globals.
 
         The centre is updated after the targets are formed, so that they use the previous one.
         """
-        features = torch.cat(features_of_crops(self.momentum_backbone, crops))
+        features = self.pooled_teacher(crops)
         embeddings = self.momentum_head(features)
         targets = self.cls_targets(embeddings)
         return targets.unflatten(0, (len(crops), -1)), embeddings, features
@@ -112,6 +118,7 @@ class DINOMultiCrop(SelfDistillation):
     @torch.no_grad()
     def cls_targets(self, embeddings: Tensor) -> Tensor:
         """Targets ``(rows, K)`` of the teacher's embeddings ``(rows, p)``; then moves the centre."""
+        self.observe(embeddings)
         prototypes = self.momentum_head.last_layer
         temperature = self.teacher_temperature()
         scores = prototypes.scores(embeddings)

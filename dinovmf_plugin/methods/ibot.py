@@ -214,6 +214,8 @@ class IBOT(DINOMultiCrop):
             patch_temperature,
         )
         update_patch_center(self.patch_centering, prototypes, teacher_patches, patch_temperature)
+        # an image's patches together weigh as much in EM as its CLS token
+        self.observe(teacher_patches, len(teacher_cls) / len(teacher_patches))
 
         features, cls, masked = self.student_embeddings(images, masks, chosen, crops[views:])
         cls = cls.unflatten(0, (len(crops), -1))

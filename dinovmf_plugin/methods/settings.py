@@ -175,6 +175,18 @@ class DINOSettings(MethodSettings):
     ] = False
     freeze_last_layer: Annotated[Whole, Doc("epochs in which the prototypes stay")] = 1
     decay_magnitudes: Annotated[bool, Doc("weight decay on prototype norms, as in DINO")] = True
+    # prototypes (docs/em.md)
+    prototype_update: Annotated[
+        Literal["gradient", "em"],
+        Doc("what moves the prototypes; em: online EM on the teacher's embeddings (experimental)"),
+    ] = "gradient"
+    em_memory: Annotated[
+        float, Ge(1), Doc("rows of its own that a component remembers (prototype_update=em)")
+    ] = 64.0
+    init_prototypes: Annotated[
+        Literal["random", "kmeans", "em"],
+        Doc("where they start: at random, or from embeddings of the first epoch (experimental)"),
+    ] = "random"
 
     def check(self) -> None:
         """See ``MethodSettings.check``; ``center_raw_scores`` has a meaning in one cell alone."""
@@ -184,6 +196,28 @@ class DINOSettings(MethodSettings):
                 "center_raw_scores=True has no meaning with "
                 f"normalization={self.normalization}, centering={self.centering}: it leaves log C_p(kappa) "
                 "out of the center of normalization=vmf, centering=logit"
+            )
+        if self.prototype_update == "em":
+            if self.normalization != "vmf":
+                raise ValueError(
+                    f"prototype_update=em has no meaning with normalization={self.normalization}: EM finds "
+                    "concentrations, which normalization=vmf alone makes use of"
+                )
+            for key in ("prototype_spread", "decay_magnitudes"):
+                if getattr(self, key) != getattr(type(self), key):
+                    raise ValueError(
+                        f"{key}={getattr(self, key)} has no meaning with prototype_update=em: the prototypes "
+                        "are no parameters of the optimizer"
+                    )
+        elif self.em_memory != type(self).em_memory:
+            raise ValueError(
+                f"em_memory={self.em_memory} has no meaning with prototype_update=gradient: set "
+                "prototype_update=em"
+            )
+        if self.init_prototypes != "random" and self.init_from is not None:
+            raise ValueError(
+                f"init_prototypes={self.init_prototypes} has no meaning with init_from, which brings its own "
+                "prototypes: set init_prototypes=random"
             )
 
     def teacher_temperatures(self) -> dict[str, float]:

@@ -43,9 +43,9 @@ class Parameters:
     """A mixture's parameters.
 
     Attributes:
-        directions: unit mean directions ``mu_k`` ``(K, p)``, float64.
-        concentrations: ``kappa_k >= 0`` ``(K,)``, float64.
-        log_weights: log proportions ``(K,)``, float64; they sum to 1 in probability.
+        directions: unit mean directions ``mu_k`` ``(K, p)``, float64 (in training: float32), as the others.
+        concentrations: ``kappa_k >= 0`` ``(K,)``.
+        log_weights: log proportions ``(K,)``; they sum to 1 in probability.
     """
 
     directions: Tensor
@@ -72,7 +72,7 @@ class Statistics:
     counts: Tensor
     sums: Tensor
     log_likelihood: Tensor
-    rows: int
+    rows: float
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
@@ -80,6 +80,15 @@ class Statistics:
             self.sums + other.sums,
             self.log_likelihood + other.log_likelihood,
             self.rows + other.rows,
+        )
+
+    def weighted(self, weight: float) -> Statistics:
+        """The same rows, each of which counts ``weight`` times."""
+        return Statistics(
+            self.counts * weight,
+            self.sums * weight,
+            self.log_likelihood * weight,
+            self.rows * weight,
         )
 
 
@@ -119,27 +128,36 @@ def log_joint(x: Tensor, parameters: Parameters, offsets: Tensor | None = None) 
         [0.5, 0.5]
     """
     offsets = component_offsets(parameters) if offsets is None else offsets
-    weight = parameters.directions * parameters.concentrations.unsqueeze(1)
-    return torch.addmm(offsets.to(x.dtype), x, weight.to(x.dtype).T)
+    return torch.addmm(offsets.to(x.dtype), x, _weight(parameters, x.dtype))
 
 
-def sufficient_statistics(chunks: Iterable[Tensor], parameters: Parameters) -> Statistics:
+def _weight(parameters: Parameters, dtype: torch.dtype) -> Tensor:
+    """``kappa_k mu_k`` as columns."""
+    return (parameters.directions * parameters.concentrations.unsqueeze(1)).to(dtype).T
+
+
+def sufficient_statistics(
+    chunks: Iterable[Tensor], parameters: Parameters, offsets: Tensor | None = None
+) -> Statistics:
     """The E step: responsibilities of all rows, summed up chunk by chunk.
 
     Args:
-        chunks: unit vectors ``(rows, p)``, float32 or float64, one chunk after the other.
+        chunks: unit vectors ``(rows, p)``, float32 or float64 (all alike), one chunk after the other.
         parameters: the mixture.
+        offsets: ``log pi_k + log C_p(kappa_k) - log C_p(0)``; default: exact, from ``component_offsets``.
 
     Returns:
-        Statistics, in float64 whatever the rows' dtype.
+        Statistics in the parameters' dtype, whatever that of the rows.
     """
     counts = torch.zeros_like(parameters.concentrations)
     sums = torch.zeros_like(parameters.directions)
-    total = counts.new_zeros(())
+    total = torch.zeros((), dtype=torch.float64, device=counts.device)
     rows = 0
-    offsets = component_offsets(parameters)
+    offsets = component_offsets(parameters) if offsets is None else offsets
+    weight: Tensor | None = None
     for x in chunks:
-        joint = log_joint(x, parameters, offsets)
+        weight = _weight(parameters, x.dtype) if weight is None else weight
+        joint = torch.addmm(offsets.to(x.dtype), x, weight)
         peak = joint.max(dim=1, keepdim=True).values
         # in place, by one exponential; what is below exp(-60) is nothing, and as subnormal numbers it would
         # cost most of the time

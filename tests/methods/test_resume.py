@@ -81,24 +81,39 @@ def _assert_identical(a: Any, b: Any, path: str = "") -> None:
         assert a == b, path
 
 
+EM = {
+    "method_kwargs.prototype_update": "em",
+    "method_kwargs.em_memory": 5.0,
+    "method_kwargs.init_prototypes": "em",
+    "method_kwargs.num_prototypes": 8,
+}
+
+
 @pytest.mark.parametrize(
-    ("method", "accumulate"), [("dino_vmf", 1), ("dino_multicrop", 1), ("dino_vmf", 2)]
+    ("method", "accumulate", "more"),
+    [
+        ("dino_vmf", 1, {}),
+        ("dino_multicrop", 1, {}),
+        ("dino_vmf", 2, {}),
+        ("dino_vmf", 2, EM),
+        ("ibot_vmf", 1, EM),
+    ],
 )
 def test_four_epochs__equal_two_plus_two(
-    tiny_cfg, crop_loader, build, fit, tmp_path, method, accumulate
+    tiny_cfg, crop_loader, build, fit, tmp_path, method, accumulate, more
 ):
     """Weights, centre, optimiser, EMA, schedules and drop path: bit for bit, after a crash."""
     steps = 2 * accumulate
     kwargs = {"accumulate_grad_batches": accumulate}
-    whole, whole_log = build(_cfg(tiny_cfg, tmp_path / "whole", method)), Log()
+    whole, whole_log = build(_cfg(tiny_cfg, tmp_path / "whole", method, **more)), Log()
     expected = _everything(fit(whole, crop_loader(steps), callbacks=[whole_log], **kwargs), whole)
     assert expected["step"] == 8
 
     # dies in the middle of the third epoch: what it did there is lost, and done again
-    first, first_log = build(_cfg(tiny_cfg, tmp_path / "parts", method)), Log(die_at=5)
+    first, first_log = build(_cfg(tiny_cfg, tmp_path / "parts", method, **more)), Log(die_at=5)
     with pytest.raises(PowerLoss):
         fit(first, crop_loader(steps), callbacks=[first_log], **kwargs)
-    second, second_log = build(_cfg(tiny_cfg, tmp_path / "parts", method), seed=123), Log()
+    second, second_log = build(_cfg(tiny_cfg, tmp_path / "parts", method, **more), seed=123), Log()
     checkpoint = find_checkpoint(second.cfg)
     assert checkpoint.name == "tiny-ep1.ckpt"
     trainer = fit(

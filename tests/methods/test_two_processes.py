@@ -14,12 +14,15 @@ from torch import Tensor
 
 SINKHORN = {"method_kwargs.centering": "sinkhorn"}
 BATCHNORM = {"method_kwargs.use_bn_in_head": True}
+EM = {"method_kwargs.prototype_update": "em", "method_kwargs.em_memory": 3.0}
 CASES = {
     "dino_multicrop": ("dino_multicrop", {}),
     "dino_vmf": ("dino_vmf", {}),
     "dino_vmf-sinkhorn": ("dino_vmf", SINKHORN),
+    "dino_vmf-em": ("dino_vmf", EM),
     "ibot": ("ibot", {}),
     "ibot_vmf": ("ibot_vmf", {}),
+    "ibot_vmf-em": ("ibot_vmf", EM),
     "ibot_vmf-sinkhorn": ("ibot_vmf", SINKHORN),
     "ibot_vmf-batchnorm": ("ibot_vmf", BATCHNORM),
     "msn": ("msn", {}),
