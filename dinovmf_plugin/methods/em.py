@@ -82,7 +82,7 @@ class ComponentsByEM(SelfDistillation):
     when targets are made, and after the step the components move, for student and teacher at once.
     """
 
-    components: OnlineComponents | None = None
+    components: OnlineComponents | None
     _observed: em.Statistics | None = None
 
     @property
@@ -93,6 +93,7 @@ class ComponentsByEM(SelfDistillation):
     def make_components(self) -> None:
         """Take the prototypes out of the optimiser, if EM is to move them."""
         s = self.settings
+        self.components = None
         if s.prototype_update == "em":
             self.components = OnlineComponents(s.num_prototypes, s.proj_output_dim, s.em_memory)
             for layer in self.prototype_layers:

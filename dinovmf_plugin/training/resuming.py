@@ -36,10 +36,19 @@ _FIXED = (
     "method_kwargs.normalization",
     "method_kwargs.centering",
     "method_kwargs.center_raw_scores",  # the centre's unit
+    "method_kwargs.prototype_update",
 )
 # what makes the steps of an epoch
 _STEPS = ("optimizer.batch_size", "devices", "num_nodes", "accumulate_grad_batches")
-_DEFAULTS = {"devices": 1, "num_nodes": 1, "accumulate_grad_batches": 1}
+_DEFAULTS = {
+    "devices": 1,
+    "num_nodes": 1,
+    "accumulate_grad_batches": 1,
+    # of checkpoints from before there was the key
+    "method_kwargs.prototype_update": "gradient",
+    "method_kwargs.em_memory": 64.0,
+    "method_kwargs.init_prototypes": "random",
+}
 # no part of the training
 _SILENT = (
     "name",
@@ -147,7 +156,9 @@ def compare_configs(checkpoint: Mapping[str, Any], saved: Any, now: Any) -> str 
     old, new = _leaves(saved), _leaves(now)
     saved_cfg, now_cfg = OmegaConf.create(saved), OmegaConf.create(now)
     for key in _FIXED:
-        before, after = OmegaConf.select(saved_cfg, key), OmegaConf.select(now_cfg, key)
+        default = _DEFAULTS.get(key)
+        before = OmegaConf.select(saved_cfg, key, default=default)
+        after = OmegaConf.select(now_cfg, key, default=default)
         if before != after:
             raise ValueError(
                 f"{key}={after!r} differs from the checkpoint's {before!r}: resume with the same value, or "
