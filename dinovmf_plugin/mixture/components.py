@@ -46,12 +46,11 @@ def pooled_concentrations(counts: Tensor, sums: Tensor) -> Tensor:
         >>> pooled_concentrations(counts, sums)
         tensor([1.8333, 1.8333])
     """
-    norms = sums.norm(dim=1)
-    pooled = norms.sum() / counts.sum()
-    length = (norms + _PRIOR_ROWS * pooled) / (counts + _PRIOR_ROWS)
-    return banerjee_concentration(length.clamp(max=1 - 1e-6), sums.shape[1]).clamp(
-        max=MAX_CONCENTRATION
-    )
+    norms = sums.norm(dim=1, dtype=torch.float64)  # 1 - length^2 would lose float32's digits
+    pooled = norms.sum() / counts.double().sum()
+    length = (norms + _PRIOR_ROWS * pooled) / (counts.double() + _PRIOR_ROWS)
+    kappa = banerjee_concentration(length.clamp(max=1 - 1e-6), sums.shape[1])
+    return kappa.clamp(max=MAX_CONCENTRATION).to(sums.dtype)
 
 
 def relative_magnitudes(concentrations: Tensor, counts: Tensor) -> Tensor:

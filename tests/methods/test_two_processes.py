@@ -14,7 +14,7 @@ from torch import Tensor
 
 SINKHORN = {"method_kwargs.centering": "sinkhorn"}
 BATCHNORM = {"method_kwargs.use_bn_in_head": True}
-EM = {"method_kwargs.prototype_update": "em", "method_kwargs.em_memory": 3.0}
+EM = {"method_kwargs.prototype_update": "em"}
 CASES = {
     "dino_multicrop": ("dino_multicrop", {}),
     "dino_vmf": ("dino_vmf", {}),
