@@ -36,6 +36,7 @@ from dinovmf_plugin.training.loggers import (
     log_config,
     stored_run_ids,
 )
+from dinovmf_plugin.training.peers import PeerWatch
 from dinovmf_plugin.training.progress import LossProgressBar
 from dinovmf_plugin.training.resuming import check_content, check_tensors
 from dinovmf_plugin.training.stored_config import StoredConfig
@@ -294,8 +295,9 @@ def _pretrain(cfg: DictConfig, callbacks: Sequence[Callback]) -> Path | None:
     if cfg.debug_augmentations:
         for number, crop in enumerate(parse_recipe(cfg.augmentations, dataset=cfg.data.dataset), 1):
             print(f"crop {number}: {crop}")
-    if cfg.method not in registry.method_classes() and cfg.checkpoint.enabled:
-        trainer.callbacks += [Checkpointer(cfg), RunIds()]  # type: ignore[attr-defined]
+    if cfg.method not in registry.method_classes():  # the plugin's methods bring theirs along
+        brought = [Checkpointer(cfg), RunIds()] if cfg.checkpoint.enabled else []
+        trainer.callbacks += [*brought, PeerWatch()]  # type: ignore[attr-defined]
     data = PretrainDataModule(cfg)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)

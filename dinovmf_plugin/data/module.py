@@ -11,6 +11,7 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
+from dinovmf_plugin.data.agreement import same_on_all_ranks
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import (
     ImageFolder,
@@ -146,8 +147,12 @@ def training_images(cfg: Mapping[str, Any], *, world_size: int = 1) -> ImageFold
     root = _get(cfg, "data.train_path")
     if root is None:
         raise ValueError("data.train_path is missing: the folder of the training images")
-    images = list_images(root, labelled=not _get(cfg, "data.no_labels", False))
-    images = images.subset(take_fraction(images.labels, _get(cfg, "data.fraction")))
+
+    def listed() -> ImageFolder:
+        images = list_images(root, labelled=not _get(cfg, "data.no_labels", False))
+        return images.subset(take_fraction(images.labels, _get(cfg, "data.fraction")))
+
+    images = same_on_all_ranks(listed, "data.train_path", world_size)
     return _readable(cfg, images, "data.train_path", world_size)
 
 
@@ -272,11 +277,15 @@ def validation_loader(
     if dataset in TORCHVISION_DATASETS:
         source: ImageSource = TorchvisionSource(dataset, root, train=train)
     else:
-        images = list_images(
-            root, labelled=not (train and _get(cfg, "data.no_labels", False)), key=key
-        )
-        if not train and not _get(cfg, "data.no_labels", False):
-            images = relabel(images, class_names(_get(cfg, "data.train_path")), key=key)
+        labelled = not (train and _get(cfg, "data.no_labels", False))
+
+        def listed() -> ImageFolder:
+            images = list_images(root, labelled=labelled, key=key)
+            if not train and not _get(cfg, "data.no_labels", False):
+                images = relabel(images, class_names(_get(cfg, "data.train_path")), key=key)
+            return images
+
+        images = same_on_all_ranks(listed, key, world_size)
         images = _readable(cfg, images, key, world_size)
         images = images.subset(np.arange(rank, len(images), world_size))
         if data_format == "dali":

@@ -11,12 +11,16 @@ from dinovmf_plugin.data.channels import channel_statistics
 from dinovmf_plugin.training.checkpointer import Checkpointer
 from dinovmf_plugin.training.crops import CropCheck
 from dinovmf_plugin.training.loggers import RunIds
+from dinovmf_plugin.training.peers import PeerWatch
 
 __all__ = ["method_callbacks"]
 
 
 def method_callbacks(cfg: DictConfig, settings: Any) -> list[Callback]:
-    """Checkpointer and ids (``checkpoint.enabled``), crop check and monitor (``method_kwargs.monitor``)."""
+    """Checkpointer and ids (``checkpoint.enabled``), crop check and monitor (``method_kwargs.monitor``).
+
+    In any case the watch that ends the other ranks when one stops.
+    """
     callbacks: list[Callback] = []
     if OmegaConf.select(cfg, "checkpoint.enabled", default=False):
         callbacks += [Checkpointer(cfg), RunIds()]
@@ -36,4 +40,5 @@ def method_callbacks(cfg: DictConfig, settings: Any) -> list[Callback]:
                 history_path=history,
             )
         )
-    return callbacks
+    # after the checkpointer: what stops all ranks together is saved before they part
+    return [*callbacks, PeerWatch()]
