@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from dinovmf_plugin.training.checkpointer import Checkpointer
 from dinovmf_plugin.training.crops import CropCheck
 from dinovmf_plugin.training.monitor import MixtureMonitor
+from dinovmf_plugin.training.peers import PeerWatch
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
@@ -32,13 +33,14 @@ def test_configure_callbacks__what_the_config_asks_for(
     callbacks = build(cfg).configure_callbacks()
     kinds = [type(callback) for callback in callbacks]
     # the checkpointer first: it tells the monitor where the run's folder is
-    assert kinds == [Checkpointer] * checkpoint + [CropCheck, MixtureMonitor] * monitor
+    brought = [Checkpointer] * checkpoint + [CropCheck, MixtureMonitor] * monitor
+    assert kinds == [*brought, PeerWatch]
     if checkpoint:
         assert callbacks[0].frequency == 3
     if monitor:
-        assert callbacks[-1].every_n_steps == 7
-        assert callbacks[-1].stops["uniform_collapse"] is True
-        assert (callbacks[-1].history_path is not None) is checkpoint
+        assert callbacks[-2].every_n_steps == 7
+        assert callbacks[-2].stops["uniform_collapse"] is True
+        assert (callbacks[-2].history_path is not None) is checkpoint
 
 
 def test_monitor__writes_beside_the_checkpoint_and_changes_nothing(
