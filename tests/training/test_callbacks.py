@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 
 from dinovmf_plugin.training.checkpointer import Checkpointer
 from dinovmf_plugin.training.crops import CropCheck
+from dinovmf_plugin.training.loggers import RunIds
 from dinovmf_plugin.training.monitor import MixtureMonitor
 from dinovmf_plugin.training.peers import PeerWatch
 
@@ -33,7 +34,7 @@ def test_configure_callbacks__what_the_config_asks_for(
     callbacks = build(cfg).configure_callbacks()
     kinds = [type(callback) for callback in callbacks]
     # the checkpointer first: it tells the monitor where the run's folder is
-    brought = [Checkpointer] * checkpoint + [CropCheck, MixtureMonitor] * monitor
+    brought = [Checkpointer, RunIds] * checkpoint + [CropCheck, MixtureMonitor] * monitor
     assert kinds == [*brought, PeerWatch]
     if checkpoint:
         assert callbacks[0].frequency == 3
