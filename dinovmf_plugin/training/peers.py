@@ -45,8 +45,9 @@ class PeerWatch(Callback):
         if trainer.world_size == 1:
             return
         self._over.clear()
-        first, server, told = trainer.global_rank == 0, None, None
-        if first:
+        server: socket.socket | None = None
+        told: tuple[str, int, bytes] = ("", 0, b"")
+        if trainer.global_rank == 0:
             server = socket.create_server(("", 0), backlog=trainer.world_size)
             host = os.environ.get("MASTER_ADDR") or "127.0.0.1"
             told = (host, server.getsockname()[1], secrets.token_bytes(16))
