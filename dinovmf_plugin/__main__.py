@@ -1,8 +1,10 @@
-"""``python -m dinovmf_plugin VERB|SCRIPT.py ARGS``: the plugin's entry points and the host's scripts.
+"""``dinovmf VERB|SCRIPT.py ARGS`` (or ``python -m dinovmf_plugin``): every command of the plugin.
 
 =========================  =============================================================
+``pretrain``, ``knn`` ...  the plugin's scripts (``scripts/``), by their short names
 ``import``, ``export``     weights in and out (``checkpoints.cli``)
-``main_pretrain`` ...      a script of the plugin by name (``scripts/``)
+``recipes [WORD]``         the recipes there are
+``doctor``                 what this machine has and lacks
 ``path/to/main_knn.py``    a script of solo-learn, with the plugin's methods registered
 =========================  =============================================================
 """
@@ -16,19 +18,50 @@ from pathlib import Path
 
 from dinovmf_plugin.runs.cli import one_clear_message
 
+#: verb -> script, where they differ
+_VERBS = {
+    "pretrain": "main_pretrain",
+    "knn": "main_knn",
+    "linear": "main_linear",
+    "video": "video_segmentation",
+}
 
-def _script_names() -> list[str]:
+
+def _verbs() -> dict[str, str]:
+    """Verb -> script, every script's own name included."""
     folder = importlib.resources.files("dinovmf_plugin.scripts")
     names = [entry.name[:-3] for entry in folder.iterdir() if entry.name.endswith(".py")]
-    return sorted(name for name in names if name != "__init__")
+    return {**_VERBS, **{name: name for name in sorted(names) if name != "__init__"}}
 
 
 def _usage() -> str:
+    verbs = _verbs()
+    short = sorted({*_VERBS, *(v for v in verbs if v not in _VERBS.values())})
     return (
-        "usage: python -m dinovmf_plugin VERB [ARGS]\n"
-        f"  verbs: import, export, {', '.join(_script_names())}\n"
-        "  or the path of one of solo-learn's scripts, e.g. path/to/solo-learn/main_knn.py"
+        "usage: dinovmf VERB [ARGS]\n"
+        f"  verbs: {', '.join(short)}, import, export, recipes, doctor\n"
+        "  or the path of one of solo-learn's scripts, e.g. path/to/solo-learn/main_knn.py\n"
+        "  dinovmf VERB --help tells what the verb takes"
     )
+
+
+def _recipes(words: list[str]) -> int:
+    from dinovmf_plugin.recipes import list_recipes
+
+    found = {name: told for name, told in list_recipes().items() if all(w in name for w in words)}
+    if not found:
+        raise ValueError(f"no recipe is named like {' '.join(words)!r}: see dinovmf recipes")
+    width = max(map(len, found))
+    print("\n".join(f"{name:<{width}}  {told}" for name, told in found.items()))
+    return 0
+
+
+def _doctor() -> int:
+    from dinovmf_plugin.doctor import examine, report
+
+    findings = examine()
+    print(report(findings))
+    return 1 if any(finding.fine is False for finding in findings) else 0
 
 
 def _prepare_for_host_script() -> None:
@@ -78,10 +111,15 @@ def main(argv: list[str] | None = None) -> int:
         from dinovmf_plugin.checkpoints import cli
 
         return int(cli.import_main(rest) if verb == "import" else cli.export_main(rest))
-    if verb in _script_names():
+    if verb == "recipes":
+        return _recipes(rest)
+    if verb == "doctor":
+        return _doctor()
+    script = _verbs().get(verb)
+    if script is not None:
         sys.argv = [verb, *rest]
         # as __main__: Lightning starts further processes (devices=2) by the name of the main module
-        runpy.run_module(f"dinovmf_plugin.scripts.{verb}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"dinovmf_plugin.scripts.{script}", run_name="__main__", alter_sys=True)
         return 0
     path = Path(verb)
     if not path.is_file():

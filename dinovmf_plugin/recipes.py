@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib.resources import files
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import registry
 
-__all__ = ["Candidate", "compose_recipe", "sweep_values"]
+__all__ = ["Candidate", "compose_recipe", "list_recipes", "sweep_values"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,26 @@ def sweep_values(values: Sequence[Any]) -> str:
         else:
             words.append("null" if value is None else str(value))
     return ",".join(words)
+
+
+def list_recipes() -> dict[str, str]:
+    """Every recipe of ``configs/`` with what its own first line tells, by name.
+
+    Example:
+        >>> list_recipes()["custom/dino_vmf"]
+        'DINO-vMF ViT-S/16 on a folder of images: data.train_path=DIR [data.no_labels=True].'
+    """
+    found = {}
+    for folder in files("dinovmf_plugin.configs").iterdir():
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if not entry.name.endswith(".yaml"):
+                continue
+            lines = entry.read_text(encoding="utf-8").splitlines()
+            if any(line.strip().startswith("- /method:") for line in lines):
+                told = [line for line in lines if line.startswith("# ") and "@package" not in line]
+                name = f"{folder.name}/{entry.name.removesuffix('.yaml')}"
+                found[name] = told[0].removeprefix("# ") if told else ""
+    return dict(sorted(found.items()))
 
 
 @contextmanager

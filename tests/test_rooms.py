@@ -14,8 +14,8 @@ FLOORS = (
     ("methods",),
     ("features",),
     ("registry", "analysis", "evaluation"),
-    ("pretraining", "recipes", "__main__", "__init__"),
-    ("comparison", "demo", "benchmarks", "hydra_plugins"),
+    ("pretraining", "recipes", "doctor", "__init__"),
+    ("comparison", "demo", "benchmarks", "hydra_plugins", "__main__"),
     ("scripts",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

@@ -1,0 +1,58 @@
+"""The command ``dinovmf``: its verbs, what it lists, and how it ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinovmf_plugin import registry
+from dinovmf_plugin.__main__ import main
+from dinovmf_plugin.doctor import Finding, examine, report
+from dinovmf_plugin.recipes import list_recipes
+
+
+def test_usage__names_every_verb(capsys):
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    for verb in ("pretrain", "knn", "linear", "video", "analyze", "compare", "doctor", "export"):
+        assert f" {verb}" in told
+    assert "main_pretrain" not in told
+    assert main([]) == 2
+
+
+def test_unknown_verb__is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrian"])
+    assert ended.value.code == 2
+    assert "'pretrian' is neither a verb nor a file" in capsys.readouterr().err
+
+
+def test_recipes__are_listed_by_word(capsys):
+    every = list_recipes()
+    assert "custom/dino_vmf" in every
+    assert all(every.values()), "a recipe without a first line that tells what it is"
+    assert main(["recipes", "vmf", "imagenet/"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [name for name in every if "vmf" in name and "imagenet/" in name]
+    with pytest.raises(SystemExit):
+        main(["recipes", "resnet9000"])
+
+
+def test_doctor__tells_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "registered: dino_multicrop, dino_vmf" in told
+    assert "GB free" in told
+
+    def broken() -> None:
+        raise ImportError("No module named 'solo'")
+
+    monkeypatch.setattr(registry, "register", broken)
+    found = {finding.name: finding for finding in examine()}
+    assert found["solo-learn"].fine is False
+    assert "pip install --no-deps solo-learn==1.0.2" in report(list(found.values()))
+    assert main(["doctor"]) == 1
+
+
+def test_report__optional_parts_are_no_failure():
+    lines = report([Finding("wandb", None, "missing, needed for x", "pip install wandb")])
+    assert lines == "-        wandb  missing, needed for x: pip install wandb"
