@@ -43,7 +43,7 @@ def patch_data() -> None:
 
     def setup(self: Any, stage: str | None = None) -> None:
         if self.val_dataloader() is None:  # without data.val_path; Lightning wants an empty list
-            self.val_dataloader = list
+            self.val_dataloader = lambda: []
         module = self.trainer.lightning_module
         if not _is_ours(module):
             host_setup(self, stage)

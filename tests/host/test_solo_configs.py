@@ -199,3 +199,12 @@ def test_command_line__method_is_accepted(method):
     theirs = _printed(*config, "--cfg", "job")
     theirs.method = method
     assert cfg == theirs
+
+
+def test_dali_without_validation_images(run):
+    """Upstream hands Lightning None: "An invalid dataloader was returned"."""
+    pytest.importorskip("nvidia.dali")
+    dali = ["data.format=dali", "+dali.device=cpu", "data.val_path=null"]
+    module = run("imagenet-100/dino.yaml", "method=dino_vmf", *SMALL, *dali)
+    assert module.trainer.global_step == 1
+    assert module.trainer.num_val_batches == []
