@@ -12,6 +12,7 @@ from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
 from dinovmf_plugin.evaluation.video.settings import VideoSettings
 from dinovmf_plugin.runs.reference import keys_of, markdown_table
 from dinovmf_plugin.runs.settings import Settings
+from dinovmf_plugin.training.recipe import RECIPE
 
 COMMANDS: dict[str, type[Settings]] = {
     "evaluate.py, main_knn.py, main_linear.py, few_shot.py, transfer.py": AllSettings,
@@ -34,6 +35,8 @@ unknown keys and what lies outside a bound are refused in one sentence before an
 def reference() -> str:
     """The content of docs/keys.md."""
     parts = [HEAD]
+    keys = [key for group, kind in RECIPE.items() for key in keys_of(kind, group)]
+    parts.append(f"## main_pretrain.py: the recipe\n\n{markdown_table(keys)}\n")
     for name, method in registry.method_classes().items():
         defaults = method.default_settings
         table = markdown_table(keys_of(method.settings_class, "method_kwargs.", defaults))

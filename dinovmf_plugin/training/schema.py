@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
+
+from dinovmf_plugin.runs.settings import plain, settings_of
+from dinovmf_plugin.training.recipe import RECIPE
 
 __all__ = ["KEYS", "LOGGERS", "OPEN", "check_values", "trainer_arguments"]
 
@@ -37,81 +39,6 @@ _GROUPS = (
 )
 OPEN = ("method_kwargs", "backbone.kwargs", "optimizer.kwargs", "augmentations")
 """What lies below these is known to the method, the network, the optimiser and the data recipe."""
-_TEXTS = (
-    "name",
-    "method",
-    "backbone.name",
-    "data.dataset",
-    "data.format",
-    "data.train_path",
-    "data.val_path",
-    "data.check_images",
-    "dali.device",
-    "optimizer.name",
-    "scheduler.name",
-    "scheduler.interval",
-    "knn_eval.distance_func",
-    "checkpoint.dir",
-    "resume_from_checkpoint",
-    "wandb.project",
-    "wandb.entity",
-    "auto_umap.dir",
-)
-_SWITCHES = (
-    "data.no_labels",
-    "data.skip_unreadable",
-    "momentum.classifier",
-    "checkpoint.enabled",
-    "checkpoint.keep_prev",
-    "debug_augmentations",
-    "performance.compile",
-    "performance.disable_channel_last",
-    "performance.grad_checkpointing",
-    "auto_resume.enabled",
-    *(f"{name}.enabled" for name in LOGGERS),
-    "wandb.offline",
-    "knn_eval.enabled",
-    "auto_umap.enabled",
-    "dali.encode_indexes_into_labels",
-    "optimizer.exclude_bias_n_norm_wd",
-    "backbone.kwargs.dynamic_img_size",
-)
-# key -> smallest and largest whole number
-_COUNTS = {
-    "seed": (0, 2**32 - 1),
-    "max_epochs": (1, math.inf),
-    "num_nodes": (1, math.inf),
-    "accumulate_grad_batches": (1, math.inf),
-    "log_every_n_steps": (1, math.inf),
-    "check_val_every_n_epoch": (1, math.inf),
-    "data.num_workers": (0, math.inf),
-    "optimizer.batch_size": (1, math.inf),
-    "checkpoint.frequency": (0, math.inf),
-    "knn_eval.k": (1, math.inf),
-    "auto_umap.frequency": (1, math.inf),
-    # counted from the data and the augmentations
-    "data.num_classes": (1, math.inf),
-    "data.num_large_crops": (1, math.inf),
-    "data.num_small_crops": (0, math.inf),
-    "backbone.kwargs.patch_size": (1, math.inf),
-}
-# key -> smallest and largest number
-_NUMBERS = {
-    "data.fraction": (-1, 1),
-    "optimizer.lr": (0, 1e6),
-    "optimizer.classifier_lr": (0, 1e6),
-    "optimizer.base_lr": (0, 1e6),
-    "optimizer.base_classifier_lr": (0, 1e6),
-    "optimizer.weight_decay": (0, 1e6),
-    "scheduler.min_lr": (0, 1e6),
-    "scheduler.warmup_start_lr": (0, 1e6),
-    "scheduler.warmup_epochs": (0, math.inf),
-    "momentum.base_tau": (0, 1),
-    "momentum.final_tau": (0, 1),
-    "backbone.kwargs.drop_path_rate": (0, 1 - 1e-9),
-    "gradient_clip_val": (0, math.inf),
-    "auto_resume.max_hours": (0, math.inf),
-}
 # checked elsewhere; the last two are left over in recipes of solo-learn, which does not read them
 _OTHERS = (
     "scheduler.lr_decay_steps",
@@ -127,7 +54,7 @@ _OTHERS = (
     "augmentations_cfg",
     "wandb_cfg",
 )
-KEYS = (*_TEXTS, *_SWITCHES, *_COUNTS, *_NUMBERS, *_OTHERS)
+KEYS = (*(f"{group}{key}" for group, kind in RECIPE.items() for key in settings_of(kind)), *_OTHERS)
 """Every key outside ``OPEN`` that this package or solo-learn reads; the Trainer has further ones."""
 
 
@@ -140,22 +67,6 @@ def trainer_arguments() -> dict[str, Any]:
 
 def _is_number(value: Any, whole: bool) -> bool:
     return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-
-
-def _check_number(key: str, value: Any, low: float, high: float, whole: bool) -> None:
-    if _is_number(value, whole) and low <= value <= high and math.isfinite(value):
-        return
-    kind = "a whole number" if whole else "a number"
-    limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-    raise ValueError(f"{key}={value!r} must be {kind} {limits}")
-
-
-def _check_size(value: Any) -> None:
-    sides = value if isinstance(value, list) else [value]
-    if len(sides) not in (1, 2) or not all(_is_number(x, True) and x > 0 for x in sides):
-        raise ValueError(
-            f"backbone.kwargs.img_size={value!r} must be a number of pixels or [height, width]"
-        )
 
 
 def _infinite(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -191,14 +102,10 @@ def check_values(cfg: DictConfig) -> None:
         ...
         ValueError: optimizer.batch_size='64 images' must be a whole number of at least 1
     """
-    try:
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    except OmegaConfBaseException as error:
-        reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"{error.full_key} cannot be resolved: {reason}") from error
+    config = plain(cfg)
 
     def value_of(key: str) -> Any:
-        node = plain
+        node = config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         return None if node == "???" else node
@@ -207,22 +114,15 @@ def check_values(cfg: DictConfig) -> None:
         value = value_of(key)
         if value is not None and not isinstance(value, dict):
             raise ValueError(f"{key}={value!r} must be a group of keys, not a value")
-    for key in _TEXTS:
-        value = value_of(key)
-        if value is not None and (not isinstance(value, str) or not value):
-            raise ValueError(f"{key}={value!r} must be a text that is not empty")
-    for key in _SWITCHES:
-        value = value_of(key)
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{key}={value!r} must be True or False")
-    for table, whole in ((_COUNTS, True), (_NUMBERS, False)):
-        for key, (low, high) in table.items():
-            if (value := value_of(key)) is not None:
-                _check_number(key, value, low, high, whole)
-    if (value := value_of("backbone.kwargs.img_size")) is not None:
-        _check_size(value)
+    for group, settings in RECIPE.items():
+        for name, setting in settings_of(settings).items():
+            if (value := value_of(f"{group}{name}")) is not None:
+                try:
+                    setting.check(value)
+                except ValueError as error:
+                    raise ValueError(f"{group}{error}") from None
     for name, kind in trainer_arguments().items():
         if (value := value_of(name)) is not None:
             _check_trainer_argument(name, value, kind)
-    for key, value in _infinite(plain):
+    for key, value in _infinite(config):
         raise ValueError(f"{key}={value} must be a finite number")
