@@ -103,9 +103,11 @@ def component_sheets(
     components: int,
     images: int,
     size: int = 96,
+    order: str = "use",
+    least: int = 1,
     progress: bool = False,
 ) -> list[Sheet]:
-    """The most used components, each with the images closest to its mean direction.
+    """Components, each with the images closest to its mean direction.
 
     Copies of one component share its images by chance, so they are shown as one.
 
@@ -115,12 +117,20 @@ def component_sheets(
         components: how many sets of components.
         images: how many images of each.
         size: side of a thumbnail in CSS pixels.
+        order: the most used first (``use``), or the most or least concentrated ones (``precise``,
+            ``vague``).
+        least: images that a component must win to be shown.
         progress: whether to show a progress bar.
     """
     owner = groups[scored.scores.component]
     counts, copies = torch.bincount(owner), torch.bincount(groups)
-    order = counts.argsort(descending=True, stable=True)
-    used = order[counts[order] > 0][:components].tolist()
+    rank = counts.double()
+    if order != "use":
+        total = torch.zeros(len(counts), dtype=torch.float64)
+        total.index_add_(0, owner.cpu(), scored.scores.concentration.double().cpu())
+        rank = total / counts.clamp_min(1).cpu() * (1 if order == "precise" else -1)
+    first = rank.argsort(descending=True, stable=True).to(counts.device)
+    used = first[counts[first] >= max(least, 1)][:components].tolist()
     labels = component_labels(owner, scored.images) if scored.images.classes else {}
     sheets = []
     for group in tqdm(used, desc="component sheets", unit="sheet", disable=not progress):

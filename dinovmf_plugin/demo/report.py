@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinovmf_plugin.analysis.figures import precision_figure
 from dinovmf_plugin.analysis.gallery import thumbnail
 from dinovmf_plugin.data.folders import list_images
+from dinovmf_plugin.demo.components import Components
 from dinovmf_plugin.features.extraction import extract_features
-from dinovmf_plugin.report.page import Page, Sheet, Thumbnail
+from dinovmf_plugin.report.learning import LEARNING_NOTE, learning_chart
+from dinovmf_plugin.report.page import Page, Sheet
 from dinovmf_plugin.report.tables import Table
 from dinovmf_plugin.report.theme import themed
 from dinovmf_plugin.runs.files import write_file
+from dinovmf_plugin.training.alarms import LEAST_SHARE
 
 __all__ = ["LabelledImages", "write_report"]
 
@@ -103,28 +106,6 @@ def _kappa(methods: Mapping[str, Any]) -> Callable[[Axes], None]:
     return draw
 
 
-def _picture(crop: Tensor, mean: Sequence[float], std: Sequence[float], width: int) -> Thumbnail:
-    shape = (3, 1, 1)
-    image = crop.cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-    array = (image.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array).resize((width, width), Image.Resampling.NEAREST).save(buffer, "PNG")
-    return Thumbnail(buffer.getvalue(), width)
-
-
-def _crop_sheets(crops: Sequence[Tensor], recipe: DictConfig, images: int = 4) -> list[Sheet]:
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    large = crops[0].shape[-1]
-    return [
-        Sheet(
-            f"Image {i + 1}",
-            f"{recipe.data.num_large_crops} global and {recipe.data.num_small_crops} local crops",
-            [_picture(c[i], mean, std, 96 if c.shape[-1] == large else 48) for c in crops],
-        )
-        for i in range(min(images, len(crops[0])))
-    ]
-
-
 def _neighbour_sheets(
     network: nn.Module,
     folder: Path,
@@ -155,11 +136,51 @@ def _neighbour_sheets(
     return sheets
 
 
+def _mixture(page: Page, methods: Mapping[str, Any], inside: Mapping[str, Components]) -> None:
+    page.section("The mixture")
+    page.text(
+        "Every prototype is a component of a mixture on the sphere; its norm is its precision κ. DINO leaves "
+        "the normalising constant of the components out, DINO-vMF puts it back: see how many components "
+        "win images, how far their precisions spread, and whether precise ones hold the easier images."
+    )
+    rows = []
+    for name, result in methods.items():
+        found = result["components"]
+        kappa = found["kappa"]
+        rows.append(
+            [name, found["used"], found["usage_perplexity"], found["unique"],
+             f"{kappa['median']:.1f} ({kappa['p05']:.1f} to {kappa['p95']:.1f})",
+             result["target_information"], found["precision"].get("spearman"),
+             found["precision"].get("p_value")]
+        )  # fmt: skip
+    header = ["", "win an image", "used (perplexity)", "unique", "κ (5 % to 95 %)"]
+    header += ["I, nats", "κ and kNN: Spearman", "p value"]
+    page.table(Table(header, rows))
+    bins = {name: found.bins for name, found in inside.items() if found.bins}
+    page.charts(
+        *([(themed(lambda: precision_figure(bins)),
+            "kNN accuracy by precision of the assigned component (the paper's Figure 2)")]
+          if bins else []),
+        (_curve("κ = ‖w‖ / τ", _kappa(methods)), "Concentrations: median, 5th to 95th percentile"),
+        (_curve("perplexity", _monitored(methods, "epoch", "usage_perplexity")),
+         "Effective number of components that win images"),
+        (_curve("unique prototypes", _monitored(methods, "epoch", "unique_prototypes")),
+         "Prototypes left when duplicates (cosine > 0.9) are removed"),
+    )  # fmt: skip
+    for name, found in inside.items():
+        for kind, sheets in (("Most", found.precise), ("Least", found.vague)):
+            if sheets:
+                page.section(f"{kind} precise components: {name}")
+            for sheet in sheets:
+                page.sheet(sheet)
+
+
 def write_report(
     path: Path,
     results: Mapping[str, Any],
-    crops: Sequence[Tensor],
+    crops: Path,
     trained: Mapping[str, nn.Module],
+    inside: Mapping[str, Components],
     folder: Path,
     data: tuple[LabelledImages, LabelledImages],
     recipe: DictConfig,
@@ -169,8 +190,9 @@ def write_report(
     Args:
         path: file to write.
         results: what results.json will hold.
-        crops: one batch of training crops.
+        crops: sheet of the first crops that a run wrote; may be missing.
         trained: teacher backbones by method.
+        inside: their mixtures by method.
         folder: the pictures, with ``train`` and ``val``.
         data: batches of bank and queries, in the folders' order.
         recipe: the parsed recipe of the first method.
@@ -188,6 +210,9 @@ def write_report(
     }
     for name, accuracy in results["baselines"].items():
         facts[f"{name}: the same"] = f"{accuracy[key]['top1']:.1f} %"
+    for name, result in methods.items():
+        found = result["components"]
+        facts[f"{name}: components that win images, of {found['components']:,}"] = found["used"]
     page.facts(facts)
     page.section("Result")
     page.text(
@@ -203,32 +228,27 @@ def write_report(
         for name, accuracy in rows_of.items()
     ]  # fmt: skip
     page.table(Table(["features", *[f"k = {k[1:]}" for k in ks], "over untrained"], rows))
-    page.section("Training")
+    page.section("Does it learn?")
+    page.text(LEARNING_NOTE)
+    steps = {name: result["monitor"]["step"] for name, result in methods.items()}
+    learnt = learning_chart(steps, LEAST_SHARE, compact=True)
     page.charts(
-        (
-            _curve(f"kNN top-1 (%), k = {key[1:]}", _knn(results, key)),
-            "kNN of the teacher over time",
-        ),
+        *([(learnt, "Information about the image in targets and student")] if learnt else []),
+        (_curve(f"kNN top-1 (%), k = {key[1:]}", _knn(results, key)), "kNN of the teacher over time"),
         (_curve("loss", _loss(methods)), "Self-distillation loss"),
-        (
-            _curve("nats", _monitored(methods, "step", "teacher_entropy"), "step"),
-            "Entropy of the targets",
-        ),
-    )
-    page.section("The mixture")
-    page.charts(
-        (_curve("κ = ‖w‖ / τ", _kappa(methods)), "Concentrations: median, 5th to 95th percentile"),
-        (_curve("unique prototypes", _monitored(methods, "epoch", "unique_prototypes")),
-         "Prototypes left when duplicates (cosine > 0.9) are removed"),
-        (_curve("perplexity", _monitored(methods, "epoch", "usage_perplexity")),
-         "Effective number of components that win images"),
     )  # fmt: skip
     alarms = [(name, a["message"]) for name, r in methods.items() for a in r["monitor"]["alarm"]]
     for name, message in alarms:
         page.text(f"{name}: {message}", note=True)
+    _mixture(page, methods, inside)
     page.section("What the networks see")
-    for sheet in _crop_sheets(crops, recipe):
-        page.sheet(sheet)
+    if crops.is_file():
+        page.text(
+            f"The first images, one row each: {recipe.data.num_large_crops} global and "
+            f"{recipe.data.num_small_crops} local crops. A person should see which belong together."
+        )
+        with Image.open(crops) as sheet:
+            page.picture(sheet, "crops of the first training images")
     for name, network in trained.items():
         page.section(f"Nearest neighbours: {name}")
         for sheet in _neighbour_sheets(network, folder, data):

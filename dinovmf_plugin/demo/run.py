@@ -17,17 +17,20 @@ from torch import nn
 
 from dinovmf_plugin.checkpoints import load_backbone
 from dinovmf_plugin.data import demo as demo_data
-from dinovmf_plugin.data.module import pretrain_loader, validation_loader
+from dinovmf_plugin.data.module import validation_loader
+from dinovmf_plugin.demo.components import look_inside
 from dinovmf_plugin.demo.report import LabelledImages, write_report
 from dinovmf_plugin.demo.settings import DemoSettings
+from dinovmf_plugin.demo.training import default_processes, train_all
 from dinovmf_plugin.features.extraction import PixelFeatures, extract_features
 from dinovmf_plugin.features.knn import knn_accuracy
-from dinovmf_plugin.pretraining import build_method, pretrain
+from dinovmf_plugin.pretraining import build_method
 from dinovmf_plugin.recipes import Candidate, compose_recipe
 from dinovmf_plugin.runs.files import write_json
 from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training.config import parse_cfg
-from dinovmf_plugin.training.curve import CurveRecorder, read_curve, read_monitor
+from dinovmf_plugin.training.crops import SHEET
+from dinovmf_plugin.training.curve import read_curve, read_monitor
 
 __all__ = ["run_demo"]
 
@@ -108,9 +111,6 @@ def run_demo(config: Mapping[str, Any]) -> dict[str, Any]:
     def knn(network: nn.Module) -> dict[str, dict[str, float]]:
         return _percent(accuracy(network, ks))
 
-    def top1(network: nn.Module) -> float:
-        return accuracy(network, [settings.knn.k])[settings.knn.k][0]
-
     results: dict[str, Any] = {
         "data": json.loads((pictures / "about.json").read_text()),
         "images": {
@@ -120,24 +120,36 @@ def run_demo(config: Mapping[str, Any]) -> dict[str, Any]:
         "baselines": {"pixels": knn(PixelFeatures()), "untrained": knn(_untrained(first))},
         "methods": {},
     }
-    sample = next(iter(pretrain_loader(first)))
-    trained = {}
-    for method in settings.methods:
-        print(f"\n== {method} ==", flush=True)
-        recipe = _recipe(settings, method, pictures)
-        checkpoint = pretrain(recipe, [CurveRecorder(top1, settings.knn.every)])
-        assert checkpoint is not None
+    recipes = {method: _recipe(settings, method, pictures) for method in settings.methods}
+    checkpoints = train_all(
+        recipes,
+        output / "checkpoints" / "launched",
+        every=settings.knn.every,
+        k=settings.knn.k,
+        temperature=settings.knn.temperature,
+        processes=default_processes(len(recipes)) if settings.processes is None else settings.processes,
+    )
+    trained, inside = {}, {}
+    size = int(first.backbone.kwargs.img_size)
+    for method, checkpoint in checkpoints.items():
         teacher, _ = load_backbone(checkpoint)
         trained[method] = teacher
-        curve = read_curve(checkpoint.parent)
+        inside[method] = look_inside(
+            checkpoint, pictures, size, k=settings.knn.k, temperature=settings.knn.temperature
+        )
+        curve, monitor = read_curve(checkpoint.parent), read_monitor(checkpoint.parent)
         results["methods"][method] = {
             "knn": knn(teacher),
             "seconds": curve[-1]["seconds"],
             "checkpoint": str(checkpoint.relative_to(output)),
-            "settings": OmegaConf.to_container(recipe.method_kwargs, resolve=True),
+            "settings": OmegaConf.to_container(recipes[method].method_kwargs, resolve=True),
+            "components": inside[method].measured,
             "epochs": curve,
-            "monitor": read_monitor(checkpoint.parent),
+            "monitor": monitor,
         }
+        last: dict[str, Any] = next(iter(monitor["step"][-1:]), {})
+        for name in ("target_information", "student_information", "loss_over_log_k"):
+            results["methods"][method][name] = last.get(name)
     key = f"k{settings.knn.k}"
     floor = results["baselines"]["untrained"][key]["top1"]
     for result in results["methods"].values():
@@ -146,8 +158,9 @@ def run_demo(config: Mapping[str, Any]) -> dict[str, Any]:
     results["recipe"] = OmegaConf.to_container(first, resolve=True)
     results["versions"] = _versions()
     results["seconds"] = round(time.monotonic() - started, 1)
+    sheet = next(iter(checkpoints.values())).parent / SHEET
     write_report(
-        output / "report.html", results, sample[1], trained, pictures, (bank, queries), first
+        output / "report.html", results, sheet, trained, inside, pictures, (bank, queries), first
     )
     write_json(output / "results.json", results)
     _print_table(results, key, output)

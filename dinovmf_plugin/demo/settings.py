@@ -39,12 +39,15 @@ class DemoSettings(Settings):
     output_dir: Annotated[Path, Doc("a new folder")] = "demo"
     dataset: Annotated[
         str, OneOf(demo_data.DATASETS), Doc("pictures installed by pip, never downloaded here")
-    ] = "animal-mnist"
-    fraction: Annotated[Fraction, Doc("share of the data set's pictures to use")] = 0.4
+    ] = "photographs"
+    fraction: Annotated[Fraction, Doc("share of the data set's pictures to use")] = 1.0
     methods: Annotated[Sequence[MethodName], AtLeastOne, Doc("methods to train")] = (
         "dino_multicrop",
         "dino_vmf",
     )
+    processes: Annotated[
+        Count | None, Doc("trainings at a time; null: one a method, at most one a core")
+    ] = None
     seed: Annotated[Seed, Doc("of every training")] = 0
     overrides: Annotated[
         Sequence[str], Doc("of demo_recipe, in hydra's syntax: ['max_epochs=2']")

@@ -45,7 +45,9 @@ def stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(demo_data.DATASETS, "stripes", entry)
 
 
-def _settings(folder: Path, *more: str, methods: str = "[dino_multicrop,dino_vmf]") -> Any:
+def _settings(
+    folder: Path, *more: str, methods: str = "[dino_multicrop,dino_vmf]", processes: int = 1
+) -> Any:
     overrides = ",".join(f"'{text}'" for text in [*OVERRIDES, *more])
     with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
         return compose(
@@ -53,6 +55,7 @@ def _settings(folder: Path, *more: str, methods: str = "[dino_multicrop,dino_vmf
             overrides=[
                 f"output_dir={folder}",
                 "dataset=stripes",
+                f"processes={processes}",
                 "fraction=1.0",
                 f"methods={methods}",
                 f"overrides=[{overrides}]",
@@ -65,7 +68,7 @@ def _settings(folder: Path, *more: str, methods: str = "[dino_multicrop,dino_vmf
 
 def test_demo__results_and_report(tmp_path, capsys):
     folder = tmp_path / "demo"
-    returned = run_demo(_settings(folder))
+    returned = run_demo(_settings(folder, processes=2))
     results = json.loads((folder / "results.json").read_text())
     assert results["images"] == {"train": 30, "val": 10}
     assert set(results["baselines"]) == {"pixels", "untrained"}
@@ -78,6 +81,8 @@ def test_demo__results_and_report(tmp_path, capsys):
         assert method["knn"]["k5"]["top1"] == pytest.approx(method["epochs"][-1]["top1"], abs=0.01)
         assert [record["epoch"] for record in method["epochs"]] == [1, 2]
         assert (folder / method["checkpoint"]).is_file()
+        assert 0 < method["components"]["used"] <= method["components"]["components"] == 32
+        assert method["target_information"] == method["monitor"]["step"][-1]["target_information"]
         (first, *_), epochs = (method["monitor"][kind] for kind in ("step", "epoch"))
         assert 0 < first["teacher_entropy"] < np.log(32)
         assert {"kappa_median", "unique_prototypes", "usage_perplexity"} <= set(epochs[-1])
@@ -95,6 +100,8 @@ def test_demo__results_and_report(tmp_path, capsys):
         "none at all",
         "Nearest neighbours: dino_vmf",
         "Concentrations",
+        "Does it learn?",
+        "precise components: dino_vmf",
     ):
         assert text in page
     assert page.count("data:image") > 20  # charts, crops and neighbours
@@ -127,7 +134,15 @@ def test_untrained__is_where_every_method_starts(tmp_path):
         assert method["knn"] == results["baselines"]["untrained"]
 
 
+def test_failed_process__tells_its_last_words_and_ends_the_others(tmp_path):
+    settings = _settings(tmp_path / "demo", "optimizer.name=sgdd", processes=2)
+    with pytest.raises(RuntimeError, match=r"(?s)ended with status 1:.*optimizer\.name"):
+        run_demo(settings)
+
+
 def test_unknown_method__named_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"methods=\['dinosaur'\] must be a list of .*dino_vmf"):
         run_demo(_settings(tmp_path / "demo", methods="[dinosaur]"))
+    with pytest.raises(ValueError, match="processes=0 must be at least 1"):
+        run_demo(_settings(tmp_path / "demo", processes=0))
     assert not (tmp_path / "demo").exists()
