@@ -21,10 +21,11 @@ from dinovmf_plugin.data.module import validation_loader
 from dinovmf_plugin.features.extraction import extract_features
 from dinovmf_plugin.features.knn import knn_accuracy
 from dinovmf_plugin.pretraining import pretrain
+from dinovmf_plugin.runs.cli import one_clear_message
 from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.curve import CurveRecorder, read_curve
 
-__all__ = ["default_processes", "train_all"]
+__all__ = ["TrainingFailedError", "default_processes", "train_all"]
 
 
 def default_processes(methods: int) -> int:
@@ -37,6 +38,10 @@ def default_processes(methods: int) -> int:
     usable = getattr(os, "sched_getaffinity", None)
     cores = len(usable(0)) if usable else os.cpu_count() or 1
     return max(1, min(methods, cores))
+
+
+class TrainingFailedError(RuntimeError):
+    """A training in a process of its own ended early; the message holds the end of its log."""
 
 
 class _Tell(Callback):
@@ -98,7 +103,7 @@ def train_all(
         The last checkpoint of every method.
 
     Raises:
-        RuntimeError: if a process failed; the message holds the end of its log.
+        TrainingFailedError: if a process failed.
     """
     options = {"every": every, "k": k, "temperature": temperature}
     if processes == 1:
@@ -169,13 +174,14 @@ class _Training:
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
             raise KeyboardInterrupt
         if code or not self.outcome.is_file():
-            tail = self.log.read_text(errors="replace").strip().splitlines()[-12:]
-            raise RuntimeError(
+            tail = self.log.read_text(errors="replace").strip().splitlines()[-8:]
+            raise TrainingFailedError(
                 f"training of {self.method} ended with status {code}:\n" + "\n".join(tail)
             )
         return Path(self.outcome.read_text())
 
 
+@one_clear_message
 def _main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=__doc__)
     parser.add_argument("recipe", type=Path)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from PIL import Image
 
 from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.demo.run import run_demo
+from dinovmf_plugin.demo.training import TrainingFailedError, train_all
 
 OVERRIDES = [
     "max_epochs=2",
@@ -135,9 +137,11 @@ def test_untrained__is_where_every_method_starts(tmp_path):
 
 
 def test_failed_process__tells_its_last_words_and_ends_the_others(tmp_path):
-    settings = _settings(tmp_path / "demo", "optimizer.name=sgdd", processes=2)
-    with pytest.raises(RuntimeError, match=r"(?s)ended with status 1:.*optimizer\.name"):
-        run_demo(settings)
+    bad = OmegaConf.create({"method": "dinosaur", "name": "x", "seed": 0})
+    options: dict[str, Any] = {"every": 1, "k": 1, "temperature": 0.07, "processes": 2}
+    with pytest.raises(TrainingFailedError, match=r"ended with status [12]:"):
+        train_all({"one": bad, "two": bad}, tmp_path, **options)
+    assert (tmp_path / "one.log").is_file()
 
 
 def test_unknown_method__named_before_anything_is_written(tmp_path):
