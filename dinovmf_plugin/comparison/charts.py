@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -11,9 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dinovmf_plugin.comparison.results import Group
+from dinovmf_plugin.report.learning import learning_chart
 from dinovmf_plugin.report.theme import themed
+from dinovmf_plugin.training.alarms import LEAST_SHARE
 
-__all__ = ["curve_charts", "seeds_chart", "stability_chart"]
+__all__ = ["curve_charts", "learning_of_groups", "seeds_chart", "stability_chart"]
 
 Themes = dict[str, bytes]
 _LINES = ("-", "--", ":")
@@ -84,6 +87,24 @@ def curve_charts(groups: Sequence[Group], k: int) -> list[tuple[Themes, str]]:
         if draw is not None:
             charts.append((_chart("epoch", ylabel, draw), f"{caption}; one line per seed"))
     return charts
+
+
+def learning_of_groups(groups: Sequence[Group]) -> Themes | None:
+    """Information over the steps, the mean of each group's seeds; None if no run measured it."""
+    names = ("target_information_share", "student_information_share")
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        by_step: dict[int, list[dict[str, Any]]] = {}
+        for run in group.runs:
+            for record in run["monitor"]["step"]:
+                if record.get(names[0]) is not None:
+                    by_step.setdefault(record["step"], []).append(record)
+        curves[group.name] = [
+            {"step": step, **{n: fmean(r[n] for r in found if r[n] is not None) for n in names}}
+            for step, found in sorted(by_step.items())
+            if all(any(r[n] is not None for r in found) for n in names)
+        ]
+    return learning_chart(curves, LEAST_SHARE)
 
 
 def seeds_chart(groups: Sequence[Group], metric: str, ylabel: str) -> Themes:

@@ -8,20 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dinovmf_plugin.comparison.charts import curve_charts, seeds_chart, stability_chart
+from dinovmf_plugin.comparison.charts import (
+    curve_charts,
+    learning_of_groups,
+    seeds_chart,
+    stability_chart,
+)
 from dinovmf_plugin.comparison.results import Group, group_runs, read_results, short_labels
 from dinovmf_plugin.comparison.statistics import mean_and_std, with_spread
 from dinovmf_plugin.comparison.tables import (
     ablation_table,
     breaking_points,
+    collapsed_sentences,
     comparison_table,
     difference_sentences,
+    learnt,
     metric_name,
     paper_table,
+    runs_table,
     stability_sentences,
     stability_table,
     utilization_table,
 )
+from dinovmf_plugin.report.learning import LEARNING_NOTE
 from dinovmf_plugin.report.page import Page
 from dinovmf_plugin.report.paper import paper_ablation
 from dinovmf_plugin.report.tables import Table
@@ -31,7 +40,8 @@ __all__ = ["collect"]
 
 _LIMITS = (
     "Mean ± standard deviation over seeds. One seed moves initialisation, order and crops of the training "
-    "together; the held-out images and the labelled splits are the same for all runs."
+    "together; the held-out images and the labelled splits are the same for all runs. p: paired t-test over "
+    "the seeds, not corrected for the number of comparisons. Runs that collapsed count in no mean."
 )
 
 
@@ -64,7 +74,7 @@ def _ordered(groups: Sequence[Group], kind: str) -> list[Group]:
 
 def _baseline(groups: Sequence[Group], kind: str) -> Group:
     """DINO's own cell in the ablation, the first candidate otherwise."""
-    plain = [g for g in groups if g.switches == ("none", "logit")]
+    plain = [g for g in groups if g.switches == ("none", "logit") and g.whole]
     return plain[0] if kind == "ablation" and plain else groups[0]
 
 
@@ -117,9 +127,13 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
     names = short_labels(list(dict.fromkeys(group.label for group in whole)))
     groups = [replace(group, label=names[group.label]) for group in whole]
     varied = [group for group in groups if group.lr is not None]
-    sentences = [] if varied else difference_sentences(groups, headline, _baseline(groups, kind))
+    compared = [group for group in groups if group.whole]
+    sentences = collapsed_sentences(groups)
+    if compared and not varied:
+        sentences += difference_sentences(compared, headline, _baseline(compared, kind))
     stability = stability_sentences(varied) if varied else []
-    tables = _tables(groups, kind, headline)
+    tables = _tables(compared, kind, headline) if compared else []
+    tables.append(("Every run", runs_table(groups, headline)))
     if varied:
         tables.insert(0, ("kNN by learning rate, top-1 (%)", stability_table(varied, headline)))
     floor = _baseline_row(results, headline)
@@ -128,7 +142,7 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
         "kind": kind,
         "headline": headline,
         "groups": [_summary(group) for group in whole],
-        "sentences": [*stability, *sentences],
+        "sentences": [*stability, *([] if varied else sentences)],
         "names": [
             f"{short}: {label}."
             for label, short in names.items()
@@ -164,7 +178,7 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
 def _record(result: dict[str, Any]) -> dict[str, Any]:
     keys = ("folder", "identity", "label", "lr", "seed", "outcome", "diverged", "metrics")
     kept = {key: result[key] for key in (*keys, "baselines", "prototypes", "seconds", "started")}
-    return {**kept, "curve": result["curve"]}
+    return {**kept, "learnt": learnt(result), "curve": result["curve"]}
 
 
 def _setting(summary: dict[str, Any]) -> str:
@@ -214,21 +228,17 @@ def _page(
     for name, content in rest:
         page.section(name)
         page.table(content)
+    learning = learning_of_groups(groups)
+    if learning:
+        page.section("Does it learn?")
+        page.text(LEARNING_NOTE)
+        page.charts(
+            (learning, "Information about the image in targets and student, mean of the seeds")
+        )
     charts = curve_charts(groups, int(headline.removeprefix("knn_k")))
     if charts:
         page.section("Over time")
         page.charts(*charts)
-    page.section("Runs")
-    page.table(
-        Table(
-            ["run", "seed", metric_name(headline), "outcome", "minutes"],
-            [
-                [r["label"], str(r["seed"]), r["metrics"].get(headline), r["outcome"],
-                 f"{sum(r['seconds'].values()) / 60:.1f}"]
-                for r in summary["runs"]
-            ],
-        )
-    )  # fmt: skip
     for run in summary["runs"]:
         if run["diverged"]:
             page.text(f"{run['label']}, seed {run['seed']}: {run['diverged']}", note=True)

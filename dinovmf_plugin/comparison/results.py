@@ -63,13 +63,24 @@ class Group:
         return self.label if self.lr is None else f"{self.label}, lr {self.lr:g}"
 
     def values(self, metric: str) -> list[float]:
-        """One accuracy per seed that has one (a run that diverged has none)."""
-        return [run["metrics"][metric] for run in self.runs if metric in run["metrics"]]
+        """One accuracy per seed that trained; what collapsed is no value to compare."""
+        return list(self.by_seed(metric).values())
+
+    def by_seed(self, metric: str) -> dict[int, float]:
+        """The same by seed."""
+        return {
+            run["seed"]: run["metrics"][metric] for run in self.whole if metric in run["metrics"]
+        }
+
+    @property
+    def whole(self) -> list[dict[str, Any]]:
+        """The runs that trained."""
+        return [run for run in self.runs if run["outcome"] == TRAINS]
 
     @property
     def metrics(self) -> list[str]:
         """Names of what was measured, in the order of the first run that has them."""
-        return list(dict.fromkeys(metric for run in self.runs for metric in run["metrics"]))
+        return list(dict.fromkeys(metric for run in self.whole for metric in run["metrics"]))
 
     @property
     def broken(self) -> list[str]:

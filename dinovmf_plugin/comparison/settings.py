@@ -47,7 +47,7 @@ class ComparisonData(Settings):
         Doc("one folder per class; null: the recipe's own, else the demo pictures"),
     ] = None
     val_path: Annotated[bounds.Path | None, Doc("held-out images of the same classes")] = None
-    demo: DemoName = "animal-mnist"
+    demo: DemoName = "photographs"
     demo_fraction: Annotated[
         Fraction, Doc("share of the demo pictures, the same of every class")
     ] = 1.0

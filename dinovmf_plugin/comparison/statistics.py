@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_1samp
 
 __all__ = ["describe_difference", "mean_and_std", "with_spread"]
 
@@ -41,49 +40,45 @@ def with_spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def describe_difference(
-    name: str, values: Sequence[float], other: str, other_values: Sequence[float]
+    name: str, by_seed: Mapping[int, float], other: str, other_by_seed: Mapping[int, float]
 ) -> str:
     """One sentence on two groups of runs that says no more than the seeds allow.
 
-    The yardstick is the standard deviation of the difference of two single runs,
-    ``sqrt(std_a^2 + std_b^2)``: a difference of means no larger than that is *within the seed spread*. For
-    a larger one, Welch's t-test is given, since few seeds prove little.
+    A paired t-test over the seeds that both have: one seed gives both the same initialisation of the
+    backbone, order of images and crops, so that what varies is the difference. Not corrected for the
+    number of comparisons.
 
     Args:
         name: of the first group.
-        values: accuracies in percent, one per seed.
+        by_seed: accuracies in percent by seed.
         other: name of the second group.
-        other_values: its accuracies.
+        other_by_seed: its accuracies.
 
     Raises:
         ValueError: if a group is empty.
 
     Example:
-        >>> describe_difference("a", [71.0, 72.0], "b", [71.0, 71.5])
-        'a and b do not differ beyond the seed spread: +0.25 points, spread 0.79 (2 and 2 seeds).'
+        >>> print(describe_difference("a", {0: 71.0, 1: 72.0, 2: 73.1}, "b", {0: 70.0, 1: 71.0, 2: 72.0}))
+        a is above b: +1.03 ± 0.06 points over 3 paired seeds, p = 0.001.
     """
-    (mean, std), (other_mean, other_std) = mean_and_std(values), mean_and_std(other_values)
-    difference = mean - other_mean
-    seeds = f"({len(values)} and {len(other_values)} seeds)"
-    if std is None or other_std is None:
+    if not by_seed or not other_by_seed:
+        raise ValueError("there is no value to compare")
+    differences = [by_seed[s] - other_by_seed[s] for s in by_seed if s in other_by_seed]
+    count = len(differences)
+    if count < 2:
+        told = f"{differences[0]:+.2f} points; " if differences else ""
         return (
-            f"{name} against {other}: {difference:+.2f} points {seeds}; with one seed the spread is "
-            "unknown, so this shows nothing."
+            f"{name} against {other}: {told}with {count} seed(s) in common the spread is unknown, so this "
+            "shows nothing."
         )
-    spread = math.hypot(std, other_std)
-    if abs(difference) <= spread:
-        return (
-            f"{name} and {other} do not differ beyond the seed spread: {difference:+.2f} points, "
-            f"spread {spread:.2f} {seeds}."
-        )
-    word = "above" if difference > 0 else "below"
-    if spread == 0:
-        return (
-            f"{name} is {abs(difference):.2f} points {word} {other}; no spread over seeds {seeds}."
-        )
-    p = float(ttest_ind(values, other_values, equal_var=False).pvalue)
-    verdict = "" if p < 0.05 else ", which these seeds do not establish"
-    return (
-        f"{name} is {abs(difference):.2f} points {word} {other}, more than the seed spread of "
-        f"{spread:.2f} {seeds}; Welch's t-test p = {p:.2g}{verdict}."
-    )
+    mean, std = mean_and_std(differences)
+    seeds = f"{with_spread(differences, 2)} points over {count} paired seeds"
+    if std == 0:
+        word = "above" if mean > 0 else "below" if mean < 0 else "level with"
+        return f"{name} is {word} {other}: {mean:+.2f} points with each of {count} paired seeds."
+    p = float(ttest_1samp(differences, 0.0).pvalue)
+    sign = "+" if mean >= 0 else ""
+    if p >= 0.05:
+        return f"{name} and {other} do not differ beyond the spread of the seeds: {sign}{seeds}, p = {p:.2g}."
+    word = "above" if mean > 0 else "below"
+    return f"{name} is {word} {other}: {sign}{seeds}, p = {p:.2g}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dinovmf_plugin.comparison.results import Group
@@ -14,9 +14,12 @@ from dinovmf_plugin.report.tables import Table
 __all__ = [
     "ablation_table",
     "breaking_points",
+    "collapsed_sentences",
     "comparison_table",
     "difference_sentences",
+    "learnt",
     "paper_table",
+    "runs_table",
     "stability_sentences",
     "stability_table",
     "utilization_table",
@@ -45,9 +48,9 @@ def metric_name(metric: str) -> str:
 def _cell(group: Group | None, metric: str) -> str:
     if group is None:
         return "–"
-    text = with_spread(group.values(metric))
-    lost = len(group.runs) - len(group.values(metric))
-    return text + (f" ({lost} of {len(group.runs)} diverged)" if lost else "")
+    counts = Counter(group.broken)
+    told = ", ".join(f"{n} of {len(group.runs)} {outcome}" for outcome, n in counts.items())
+    return with_spread(group.values(metric)) + (f" ({told})" if told else "")
 
 
 def ablation_table(groups: Sequence[Group], metric: str) -> Table:
@@ -102,7 +105,7 @@ def utilization_table(groups: Sequence[Group]) -> Table | None:
     """Table 4's numbers (cosine above 0.9 or the threshold nearest to it) and concentrations."""
     rows = []
     for group in groups:
-        found: list[dict[str, Any]] = [r["prototypes"] for r in group.runs if r["prototypes"]]
+        found: list[dict[str, Any]] = [r["prototypes"] for r in group.whole if r["prototypes"]]
         if not found:
             continue
         at = str(found[0]["void_set"]["threshold"])
@@ -126,11 +129,46 @@ def utilization_table(groups: Sequence[Group]) -> Table | None:
     return Table(header, rows) if rows else None
 
 
+def learnt(run: Mapping[str, Any]) -> dict[str, float | None]:
+    """The last record of a run's monitor: information in nats and as shares, loss over log K."""
+    names = ("target_information", "target_information_share", "student_information_share")
+    last = next(iter(run["monitor"]["step"][-1:]), {})
+    return {name: last.get(name) for name in (*names, "loss_over_log_k")}
+
+
+def runs_table(groups: Sequence[Group], metric: str) -> Table:
+    """Every run, the collapsed ones too: accuracy, what it learnt, and how it ended."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            found = learnt(run)
+            nats, *shares = found.values()
+            value = run["metrics"].get(metric)
+            shown = "–" if value is None else f"{value:.1f}"
+            rows.append(
+                [group.name, str(run["seed"]), shown, nats,
+                 *["–" if share is None else f"{share:.1%}" for share in shares], run["outcome"]]
+            )  # fmt: skip
+    header = ["run", "seed", metric_name(metric), "I, nats", "I / log K", "student's share"]
+    return Table([*header, "loss / log K", "outcome"], rows)
+
+
+def collapsed_sentences(groups: Sequence[Group]) -> list[str]:
+    """One sentence for every group that has nothing to compare."""
+    return [
+        f"{group.name} is not compared: "
+        + ", ".join(f"{n} of {len(group.runs)} runs {outcome}" for outcome, n in counts.items())
+        + "."
+        for group, counts in ((group, Counter(group.broken)) for group in groups)
+        if not group.whole
+    ]
+
+
 def difference_sentences(groups: Sequence[Group], metric: str, baseline: Group) -> list[str]:
     """Every group against the baseline; groups without a value are left out."""
-    floor = baseline.values(metric)
+    floor = baseline.by_seed(metric)
     return [
-        describe_difference(group.name, group.values(metric), baseline.name, floor)
+        describe_difference(group.name, group.by_seed(metric), baseline.name, floor)
         for group in groups
         if group is not baseline and group.values(metric) and floor
     ]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinovmf_plugin.analysis.embedding import embed, find_images, load_model
 from dinovmf_plugin.analysis.gallery import component_sheets
 from dinovmf_plugin.analysis.measurements import (
     make_mixture,
@@ -15,6 +14,9 @@ from dinovmf_plugin.analysis.measurements import (
     score_images,
 )
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.features.embedding import embed
+from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.mixture.precision import PercentileBin
 from dinovmf_plugin.mixture.utilization import duplicate_groups
 from dinovmf_plugin.report.page import Sheet
@@ -55,9 +57,11 @@ def look_inside(
         temperature: of the kNN votes.
         bins: percentile ranges of Figure 2.
     """
-    model = load_model(checkpoint)
-    train = find_images(str(pictures / "train"), "data.train_path")
-    val = find_images(str(pictures / "val"), "data.val_path", classes=train.classes)
+    model = load_network(checkpoint, head=True)
+    train = image_folder(str(pictures / "train"), "data.train_path", check_images="none")
+    val = image_folder(
+        str(pictures / "val"), "data.val_path", classes=train.classes, check_images="none"
+    )
     crop = CenterCrop(resize=round(size * 256 / 224), size=size)
     bank, queries = (
         embed(model, images, crop, batch_size=256, num_workers=0, progress=False)

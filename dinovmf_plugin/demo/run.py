@@ -127,7 +127,9 @@ def run_demo(config: Mapping[str, Any]) -> dict[str, Any]:
         every=settings.knn.every,
         k=settings.knn.k,
         temperature=settings.knn.temperature,
-        processes=default_processes(len(recipes)) if settings.processes is None else settings.processes,
+        processes=default_processes(len(recipes))
+        if settings.processes is None
+        else settings.processes,
     )
     trained, inside = {}, {}
     size = int(first.backbone.kwargs.img_size)

@@ -19,7 +19,7 @@ from dinovmf_plugin.comparison.tables import breaking_points
 
 ACCURACY = {
     ("none", "logit"): [70.0, 71.0, 72.0],
-    ("none", "probability"): [70.5, 71.5, 72.5],
+    ("none", "probability"): [70.8, 70.7, 72.4],
     ("l2", "logit"): [60.0, 60.1, 60.2],
     ("vmf", "probability"): [80.0, 80.2, 80.1],
 }
@@ -55,22 +55,33 @@ def test_mean_and_std_are_those_of_the_sample() -> None:
         mean_and_std([])
 
 
+def _seeds(*values: float) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
 def test_difference_within_the_spread_is_called_that() -> None:
-    text = describe_difference("a", [70.0, 72.0], "b", [69.0, 72.0])
-    assert "do not differ beyond the seed spread" in text
-    assert f"spread {np.hypot(np.std([70, 72], ddof=1), np.std([69, 72], ddof=1)):.2f}" in text
+    text = describe_difference("a", _seeds(70.0, 72.0, 74.0), "b", _seeds(69.0, 73.0, 73.5))
+    assert "do not differ beyond the spread of the seeds" in text
+    p = stats.ttest_rel([70.0, 72.0, 74.0], [69.0, 73.0, 73.5]).pvalue
+    assert f"p = {p:.2g}." in text
 
 
-def test_larger_difference_has_welchs_p() -> None:
-    a, b = [75.0, 76.0, 77.5], [70.0, 70.2, 70.1]
-    va, vb = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 3
-    t = (np.mean(a) - np.mean(b)) / np.sqrt(va + vb)
-    freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 2)
-    p = 2 * stats.t.sf(abs(t), freedom)
-    assert f"p = {p:.2g}." in describe_difference("a", a, "b", b)
-    assert "below b" in describe_difference("c", b, "b", a)
-    weak = describe_difference("a", [70.0, 72.0], "b", [67.0, 69.0])
-    assert "do not establish" in weak
+def test_difference_that_every_seed_shows_has_the_paired_p_however_far_the_seeds_are_apart() -> (
+    None
+):
+    a, b = _seeds(60.0, 70.2, 80.1), _seeds(58.0, 68.0, 78.0)
+    differences = np.array([2.0, 2.2, 2.1])
+    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(3))
+    p = 2 * stats.t.sf(t, 2)
+    text = describe_difference("a", a, "b", b)
+    assert text == f"a is above b: +2.1 ± 0.10 points over 3 paired seeds, p = {p:.2g}.".replace(
+        "2.1 ", "2.10 "
+    )
+    assert "b is below a: -2.10" in describe_difference("b", b, "a", a)
+    # only seeds that both have
+    assert "2 paired seeds" in describe_difference(
+        "a", {0: 1.0, 1: 2.5, 5: 9.0}, "b", _seeds(1.0, 2.0)
+    )
 
 
 def _unpadded(path: Path) -> str:
@@ -86,7 +97,7 @@ def _unpadded(path: Path) -> str:
 
 
 def test_one_seed_shows_nothing() -> None:
-    assert "shows nothing" in describe_difference("a", [90.0], "b", [10.0, 20.0])
+    assert "shows nothing" in describe_difference("a", {0: 90.0}, "b", _seeds(10.0, 20.0))
 
 
 def test_ablation_has_the_layout_of_table_1(write_results: Any, no_charts: None) -> None:
@@ -95,7 +106,7 @@ def test_ablation_has_the_layout_of_table_1(write_results: Any, no_charts: None)
     text = _unpadded(root / "ablation.md")
     assert (
         "| normalization | logit | probability | paper, ImageNet: logit | paper, ImageNet: probability |\n"
-        "| none | 71.0 ± 1.0 | 71.5 ± 1.0 | 70.18 | 70.49 |\n"
+        "| none | 71.0 ± 1.0 | 71.3 ± 1.0 | 70.18 | 70.49 |\n"
         "| l2 | 60.1 ± 0.1 | – | 69.51 | 69.86 |\n"
         "| vmf | – | 80.1 ± 0.1 | 70.21 | 70.87 |\n"
     ) in text
@@ -110,8 +121,8 @@ def test_ablation_has_the_layout_of_table_1(write_results: Any, no_charts: None)
     # against DINO's own cell: one within the spread, one below, one above
     within, below, above = summary["sentences"]
     assert "do not differ" in within
-    assert "points below" in below
-    assert "points above" in above
+    assert "is below none + logit: -10.90" in below
+    assert "is above none + logit: +9.10" in above
     assert summary["hours"] == pytest.approx(12 * 36 / 3600, abs=1e-3)
 
 
@@ -123,7 +134,7 @@ def test_page_stands_alone_in_light_and_dark(write_results: Any) -> None:
     assert "http" not in page.replace("http://www.w3.org", "")
     for sentence in summary["sentences"]:
         assert sentence.replace("'", "&#39;") in page
-    for title in ("Over time", "Prototypes of the teacher", "Runs"):
+    for title in ("Over time", "Prototypes of the teacher", "Every run"):
         assert title in page
 
 
@@ -142,6 +153,29 @@ def test_comparison_table_and_the_papers_numbers(write_results: Any, no_charts: 
     # unique prototypes 50 and 51, one of two runs with a void set
     assert "| dino_vmf | 50 ± 1 | 9 ± 0 | 1 of 2 | 30 ± 0 | 8.0 ± 0.0 | 10.5 ± 0.7 |" in text
     assert "untrained 60.0 %" in text
+
+
+def test_collapsed_runs__count_in_no_mean_and_a_collapsed_group_is_no_row(
+    write_results: Any, no_charts: None
+) -> None:
+    root = write_results(
+        ("dino_multicrop", 0, 70.0),
+        ("dino_multicrop", 1, 20.0, {"outcome": "uniform"}),
+        ("dino_vmf", 0, 71.0),
+        ("dino_vmf", 1, 73.0),
+        ("ibot", 0, 30.0, {"outcome": "uniform"}),
+        ("ibot", 1, 31.0, {"outcome": "information lost"}),
+    )
+    summary = collect(root)
+    text = _unpadded(root / "compare.md")
+    top, every = text.split("**Every run**")
+    assert "| dino_multicrop | 70.0 (1 of 2 uniform) |" in top
+    assert "| dino_vmf | 72.0 ± 1.4 |" in top
+    assert "| ibot |" not in top
+    assert "| ibot | 1 | 31.0 | – | – | – | – | information lost |" in every
+    first, second = summary["sentences"]
+    assert first == ("ibot is not compared: 1 of 2 runs uniform, 1 of 2 runs information lost.")
+    assert "with 1 seed(s) in common" in second
 
 
 def test_stability_names_where_each_breaks(write_results: Any) -> None:
@@ -169,8 +203,7 @@ def test_stability_names_where_each_breaks(write_results: Any) -> None:
     assert "did not break at any learning rate tried, up to 0.4" in second
     text = _unpadded(root / "compare.md")
     assert (
-        "| dino_multicrop | 70.0 ± 0.0 | 71.0; 1 of 2 diverged | 50.0 ± 0.0; 2 of 2 below untrained |"
-        in text
+        "| dino_multicrop | 70.0 ± 0.0 | 71.0; 1 of 2 diverged | 2 of 2 below untrained |" in text
     )
     assert "| dino_vmf | 72.0 ± 0.0 | – | 73.0 ± 0.0 |" in text
     assert "the loss became nan at step 3" in (root / "compare.html").read_text()
