@@ -132,7 +132,7 @@ def utilization_table(groups: Sequence[Group]) -> Table | None:
 def learnt(run: Mapping[str, Any]) -> dict[str, float | None]:
     """The last record of a run's monitor: information in nats and as shares, loss over log K."""
     names = ("target_information", "target_information_share", "student_information_share")
-    last = next(iter(run["monitor"]["step"][-1:]), {})
+    last: dict[str, Any] = next(iter(run["monitor"]["step"][-1:]), {})
     return {name: last.get(name) for name in (*names, "loss_over_log_k")}
 
 

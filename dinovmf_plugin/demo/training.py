@@ -105,7 +105,7 @@ def train_all(
     Raises:
         TrainingFailedError: if a process failed.
     """
-    options = {"every": every, "k": k, "temperature": temperature}
+    options: dict[str, Any] = {"every": every, "k": k, "temperature": temperature}
     if processes == 1:
         found = {}
         for method, recipe in recipes.items():
