@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dinovmf_plugin.report.learning import LEARNING_NOTE
 from dinovmf_plugin.report.page import Page, Sheet
 from dinovmf_plugin.report.tables import Table
 
@@ -115,7 +116,8 @@ def analysis_page(
     Args:
         result: what analysis.json holds.
         charts: SVG per theme by name: ``utilization, precision, concentration, likelihood, circle,
-            normalizer, normalizer_error``; ``precision`` may be missing.
+            normalizer, normalizer_error``; ``precision``, and ``learning`` of a training whose
+            monitor.jsonl lies beside the checkpoint, may be missing.
         sheets: components, most used first.
         ranked: outliers and typical images.
         attention: attention sheets.
@@ -144,6 +146,10 @@ def analysis_page(
     )
     for sheet in sheets[:_SHEETS]:
         page.sheet(sheet)
+    if "learning" in charts:
+        page.section("Did it learn?")
+        page.text(LEARNING_NOTE)
+        page.charts((charts["learning"], "Information about the image in targets and student"))
     page.section("Likelihood and outliers")
     page.text(
         "Log-likelihood of the images under the mixture (weights: "

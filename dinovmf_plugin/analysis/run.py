@@ -42,11 +42,14 @@ from dinovmf_plugin.features.network import Network, load_network
 from dinovmf_plugin.mixture.model import log_uniform_density
 from dinovmf_plugin.mixture.precision import PercentileBin
 from dinovmf_plugin.mixture.utilization import duplicate_groups
+from dinovmf_plugin.report.learning import learning_chart
 from dinovmf_plugin.report.page import Sheet, Thumbnail
 from dinovmf_plugin.report.theme import themed
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
+from dinovmf_plugin.training.alarms import LEAST_SHARE
+from dinovmf_plugin.training.curve import read_monitor
 
 __all__ = ["AnalysisSettings", "analyze", "format_analysis"]
 
@@ -143,7 +146,19 @@ def _charts(
     }
     if bins:
         draw["precision"] = partial(figures.precision_figure, bins)
-    return {name: themed(function) for name, function in draw.items()}
+    drawn = {name: themed(function) for name, function in draw.items()}
+    learning = learning_chart(_records(models), LEAST_SHARE)
+    return drawn if learning is None else {**drawn, "learning": learning}
+
+
+def _records(models: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What the monitors wrote beside the checkpoints (or beside ``previous/``)."""
+    found = {}
+    for name, result in models.items():
+        folder = Path(result["checkpoint"]).parent
+        folder = folder.parent if folder.name == "previous" else folder
+        found[name] = read_monitor(folder)["step"]
+    return found
 
 
 @torch.no_grad()

@@ -131,6 +131,8 @@ class CollapseWatch:
         for name, sign in seen.items():
             self.streaks[name] = self.streaks[name] + 1 if sign else 0
             if self.streaks[name] == self.patience:
+                if name == "information_lost" and self.streaks["uniform_collapse"] >= self.patience:
+                    continue  # said already
                 title = name.replace("_", " ")
                 message = f"{title}, {self.patience} records in a row: {sign}. {_ADVICE[name]}."
                 alarms.append(Alarm(name, message))
@@ -141,7 +143,7 @@ class CollapseWatch:
         entropy = record.get("teacher_entropy", math.nan)
         entropy_share = entropy / self.log_k if self.log_k else math.nan
         lost = None
-        if LEAST_SHARE <= share < _LOST_PART * self.peak:
+        if share < _LOST_PART * self.peak:
             lost = (
                 f"the targets carry {share:.1%} of log K about the image, less than a quarter of the "
                 f"{self.peak:.1%} that they once did"
