@@ -207,4 +207,4 @@ def test_dali_without_validation_images(run):
     dali = ["data.format=dali", "+dali.device=cpu", "data.val_path=null"]
     module = run("imagenet-100/dino.yaml", "method=dino_vmf", *SMALL, *dali)
     assert module.trainer.global_step == 1
-    assert module.trainer.num_val_batches == []
+    assert sum(module.trainer.num_val_batches) == 0
