@@ -12,6 +12,7 @@ from dinovmf_plugin.core.centering import make_centering
 from dinovmf_plugin.core.masking import MaskSampler
 from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.core.vmf import exact_log_normalizer, log_normalizer
+from dinovmf_plugin.losses import fused
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
 from dinovmf_plugin.losses.dino import view_pairs
 
@@ -46,7 +47,7 @@ def loss_and_gradients(
         temperature=TAU,
         magnitude=layer.weight_g.squeeze(-1),
         bias=layer.log_normalizer(TAU),
-        pair_weights=view_pairs(2, VIEWS) / ROWS,
+        pair_weights=view_pairs(2, VIEWS) / y.shape[1],
     )
     gradients = torch.autograd.grad(loss, [y, layer.weight_v, layer.weight_g])
     return [loss.detach(), *gradients]
@@ -77,6 +78,27 @@ def test_loss__equals_float64(dtype: torch.dtype | None, prototypes: int) -> Non
         found = loss_and_gradients(on_gpu, y.float().cuda(), targets.float().cuda())
     for name, a, b in zip(("loss", "y", "weight_v", "weight_g"), found, expected, strict=True):
         assert relative(a, b) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dim", [64, 96, 256])
+def test_fused_loss__equals_the_streamed_one(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 at sizes that no tile divides; the kernels really run."""
+    torch.manual_seed(0)
+    layer = Prototypes(dim, 5003, "vmf").cuda()
+    layer.weight_g.data.uniform_(0.5, 3.0)
+    y = F.normalize(torch.randn(VIEWS, 37, dim), dim=-1).cuda()
+    targets = (8 * torch.randn(2, 37, 5003)).softmax(-1).cuda()
+    found, calls, apply = {}, [], fused.FusedCrossEntropy.apply
+    monkeypatch.setattr(
+        fused.FusedCrossEntropy, "apply", lambda *args: calls.append(1) or apply(*args)
+    )
+    for switch in ("1", "0"):
+        monkeypatch.setenv("DINOVMF_TRITON", switch)
+        with torch.autocast("cuda", torch.bfloat16):
+            found[switch] = loss_and_gradients(layer, y, targets)
+    assert len(calls) == 1
+    for a, b in zip(found["1"], found["0"], strict=True):
+        assert relative(a, b.double().cpu()) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dinovmf_plugin.core import distributed
+from dinovmf_plugin.core.workspace import room
 
 __all__ = [
     "CENTERINGS",
@@ -143,8 +144,17 @@ class Centering(nn.Module):
 
 
 def _logits(scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
-    logits = scores.float() / temperature
+    logits = torch.div(scores.float(), temperature, out=_like(scores))
     return logits if bias is None else logits.add_(bias)
+
+
+def _like(scores: Tensor) -> Tensor:
+    """Kept memory for float32 scores: fresh memory costs a CPU more than the arithmetic."""
+    return room(scores.shape, torch.float32, scores.device)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return torch.softmax(logits, dim=-1, out=_like(logits))
 
 
 class LogitCentering(Centering):
@@ -179,10 +189,9 @@ class LogitCentering(Centering):
 
     def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
         if bias is None or self.raw_scores:
-            # in place: fresh memory costs a CPU more than the arithmetic
-            logits = (scores - self.center).div_(temperature)
-            return (logits if bias is None else logits.add_(bias)).softmax(dim=-1)
-        return _logits(scores, temperature, bias).sub_(self.center).softmax(dim=-1)
+            logits = torch.sub(scores, self.center, out=_like(scores)).div_(temperature)
+            return _softmax(logits if bias is None else logits.add_(bias))
+        return _softmax(_logits(scores, temperature, bias).sub_(self.center))
 
     def _batch_center(
         self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
@@ -212,7 +221,7 @@ class ProbabilityCentering(Centering):
     """
 
     def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
-        return _logits(scores, temperature, bias).sub_(self.center).softmax(dim=-1)
+        return _softmax(_logits(scores, temperature, bias).sub_(self.center))
 
     def _batch_center(
         self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from dinovmf_plugin.core import vmf
 from dinovmf_plugin.core.triton_use import triton_serves
+from dinovmf_plugin.core.workspace import room
 
 __all__ = ["NORMALIZATIONS", "Normalization", "Prototypes"]
 
@@ -126,12 +127,24 @@ class Prototypes(nn.Module):
 
     def scores(self, y: Tensor) -> Tensor:
         """Raw scores ``<w_k, y>``, ``(..., K)`` in float32; the product follows autocast."""
-        product = F.linear(y, self.weight_v.to(y.dtype))
+        if torch.is_grad_enabled():
+            product = F.linear(y, self.weight_v.to(y.dtype))
+            with torch.autocast(y.device.type, enabled=False):
+                return product.float() * self.scale()
+        half = torch.is_autocast_enabled(y.device.type)
+        dtype = torch.get_autocast_dtype(y.device.type) if half else y.dtype
         with torch.autocast(y.device.type, enabled=False):
-            product, scale = product.float(), self.scale()
-            if torch.is_grad_enabled():
-                return product * scale
-            return product.mul_(scale)  # fresh memory costs a CPU more than the arithmetic
+            # kept memory: fresh memory costs a CPU more than the arithmetic
+            weight = self.weight_v
+            if weight.dtype != dtype:
+                weight = room(weight.shape, dtype, y.device).copy_(weight)
+            product = room((*y.shape[:-1], self.num_prototypes), dtype, y.device)
+            rows = y.to(dtype).reshape(-1, self.dim)
+            torch.mm(rows, weight.t(), out=product.view(-1, self.num_prototypes))
+            if dtype == torch.float32:
+                return product.mul_(self.scale())
+            scores = room(product.shape, torch.float32, y.device)
+            return torch.mul(product, self.scale(), out=scores)
 
     def forward(self, y: Tensor, temperature: float = 1.0) -> Tensor:
         """Component logits ``<w_k, y> / tau + D(kappa_k)``, float32 (Eqs. 3 and 6).

@@ -15,9 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dinovmf_plugin.core.workspace import room
 from dinovmf_plugin.losses.arithmetic import RunningSum, add_product, add_product_of_small_rows
 from dinovmf_plugin.losses.plan import Plan
-from dinovmf_plugin.losses.workspace import room
 
 __all__ = ["Passes", "Problem", "PrototypeGradients"]
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinovmf_plugin.core.workspace import room
 from dinovmf_plugin.losses.passes import Passes, Problem, PrototypeGradients
 from dinovmf_plugin.losses.plan import Plan
-from dinovmf_plugin.losses.workspace import room
 
 __all__ = ["StreamedCrossEntropy", "refuse_second_derivative"]
 

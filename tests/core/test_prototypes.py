@@ -187,3 +187,16 @@ def test_impossible_sizes__named(dim, num):
 def test_unknown_order__named_at_construction():
     with pytest.raises(ValueError, match="order=5"):
         Prototypes(DIM, K, "vmf", order=5)
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(5,), (2, 3), ()], ids=str)
+def test_scores__without_gradient__equal_those_with(half, rows):
+    torch.manual_seed(0)
+    layer, y = Prototypes(8, 11), torch.randn(*rows, 8)
+    with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+        expected = layer.scores(y)
+        with torch.no_grad():
+            found = layer.scores(y)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-6, atol=1e-6)

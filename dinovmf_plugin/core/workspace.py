@@ -19,11 +19,12 @@ __all__ = ["Workspace", "room"]
 
 _LARGE = 1 << 22  # bytes; the C library keeps smaller blocks itself
 _PAGE = 1 << 21  # a huge page
+_SLACK = 1.25  # how much larger than asked a block may be
 _IDLE = 256  # a block that so many others were preferred to is given back
 
 
 class Workspace:
-    """Blocks of memory, as many as were ever in use at once, each as large as was needed.
+    """Blocks of memory, as many of each size as were in use at once; those that idle are given back.
 
     A block in use is held by its tensor's storage, gradients and views included, and cannot be handed
     out twice. Without ``MADV_HUGEPAGE`` (not Linux), for small tensors and for other devices than the
@@ -60,11 +61,11 @@ class Workspace:
     def _take(self, size: int) -> mmap.mmap:
         self._time += 1
         for entry in sorted(self._free, key=lambda entry: len(entry[1])):
-            # neither a block that is needed for something larger, nor one too small: that one grows
-            if size <= len(entry[1]) <= 2 * size and self._claim(entry):
+            # not one that is needed for something larger
+            if size <= len(entry[1]) <= _SLACK * size and self._claim(entry):
                 return entry[1]
         for entry in list(self._free):
-            if size / 2 < len(entry[1]) < size or entry[0] < self._time - _IDLE:
+            if entry[0] < self._time - _IDLE:
                 self._claim(entry)
         self.mapped += 1
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

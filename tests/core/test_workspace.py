@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dinovmf_plugin.core.workspace import WORKSPACE, Workspace
 from dinovmf_plugin.losses import prototype_cross_entropy
-from dinovmf_plugin.losses.workspace import WORKSPACE, Workspace
 
 pytestmark = pytest.mark.skipif(
     not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for"
@@ -43,7 +43,7 @@ def test_views_and_storages__keep_a_block_alive():
     assert other.unique().tolist() == [2]
 
 
-def test_sizes_that_vary__end_with_as_many_blocks_as_live_at_once():
+def test_sizes_that_vary__end_with_a_few_blocks_that_serve_all():
     """iBOT masks another number of patches in every step."""
     workspace, generator = Workspace(), torch.Generator().manual_seed(0)
     for _ in range(60):
@@ -51,8 +51,8 @@ def test_sizes_that_vary__end_with_as_many_blocks_as_live_at_once():
         kept = [make(workspace, a, 1.0), make(workspace, b, 2.0)]
         assert [float(x.mean()) for x in kept] == [1, 2]
         del kept
-    assert workspace.mapped < 12
-    assert len(workspace._free) == 2
+    # two live at once, and blocks of four sizes 1.25 apart reach from 4 to 8 MiB
+    assert len(workspace._free) <= workspace.mapped <= 2 * 4 + 4
 
 
 def test_idle_blocks__are_given_back():
