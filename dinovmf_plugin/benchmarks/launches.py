@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,7 @@ _NOTHING = frozenset(
         "set_",
     )
 )
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 
 
@@ -55,6 +57,10 @@ class Launches(TorchDispatchMode):
         """Count, then do it."""
         if not func.is_view:
             self.operations[func._schema.name] += 1
+        if func._schema.name in _INDEXING and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        ):
+            self.operations["aten::nonzero"] += 1  # below the dispatcher
         return func(*args, **(kwargs or {}))
 
     @property

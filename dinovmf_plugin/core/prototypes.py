@@ -135,7 +135,7 @@ class Prototypes(nn.Module):
         dtype = torch.get_autocast_dtype(y.device.type) if half else y.dtype
         with torch.autocast(y.device.type, enabled=False):
             # kept memory: fresh memory costs a CPU more than the arithmetic
-            weight = self.weight_v
+            weight: Tensor = self.weight_v
             if weight.dtype != dtype:
                 weight = room(weight.shape, dtype, y.device).copy_(weight)
             product = room((*y.shape[:-1], self.num_prototypes), dtype, y.device)
