@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,11 @@ def starting_parameters(
         parameters = em.maximization(statistics, directions)
         directions = parameters.directions
         statistics = em.sufficient_statistics(chunks, parameters)
-    return statistics
+    # in an order that rounding does not change, as it may change that of k-means
+    order = F.normalize(statistics.sums, dim=1)[:, 0].argsort()
+    return dataclasses.replace(
+        statistics, counts=statistics.counts[order], sums=statistics.sums[order]
+    )
 
 
 class ComponentsByEM(SelfDistillation):
@@ -171,7 +176,8 @@ class ComponentsByEM(SelfDistillation):
                 if have >= rows:
                     break
         self.momentum_backbone.train(training)
-        return torch.cat(found)
+        embeddings = torch.cat(found)
+        return embeddings[embeddings[:, 0].argsort()]  # ranks hand them over in another order
 
     def pooled_teacher(self, crops: list[Tensor]) -> Tensor:
         """The teacher's features of crops, ``(rows, D)``."""

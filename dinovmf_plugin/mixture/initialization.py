@@ -32,9 +32,9 @@ def initialization_rows(num_components: int) -> int:
 
     Example:
         >>> initialization_rows(10), initialization_rows(4096)
-        (20000, 81920)
+        (20000, 32768)
     """
-    return max(20 * num_components, 20_000)
+    return max(8 * num_components, 20_000)
 
 
 def spherical_kmeans(

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from torch.nn import functional as F
 
 from dinovmf_plugin.checkpoints import load_head
+from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
 from dinovmf_plugin.methods.em import starting_parameters
 from dinovmf_plugin.training.checkpointer import find_checkpoint
 
@@ -144,6 +145,44 @@ def test_init__from_the_data__training_draws_what_it_would_have(
     }
     assert cosine[how] > 0.9
     assert cosine[how] > cosine["random"] + 0.1
+
+
+class Loader(ResumableLoader):
+    """Batches of the plugin's order, which a loader that is left early or used up must not change."""
+
+    def __init__(self, make_crops: Any) -> None:
+        super().__init__(EpochPlan(num_samples=40, batch_size=8, seed=0))
+        self.make_crops = make_crops
+
+    def _batches(self, epoch: int, start: int) -> Any:
+        for indices in self.plan.indices(epoch)[start:]:
+            _, crops, labels = self.make_crops(batch=8, seed=int(indices.sum()))
+            yield [torch.from_numpy(indices.copy()), crops, labels]
+
+
+class Indexes(Callback):
+    """Which images came, by epoch."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.seen.append((trainer.current_epoch, batch[0].tolist()))
+
+
+@pytest.mark.parametrize("rows", [20, 10_000], ids=["part of an epoch", "all of it"])
+def test_init__the_loader_then_starts_with_its_first_batch(
+    tiny_cfg, make_crops, build, fit, monkeypatch, rows
+):
+    monkeypatch.setattr("dinovmf_plugin.methods.em.initialization_rows", lambda num: rows)
+    seen = []
+    for start in ("random", "kmeans"):
+        more = {"method_kwargs.num_prototypes": 4, "method_kwargs.init_prototypes": start}
+        watch = Indexes()
+        fit(build(tiny_cfg(max_epochs=2, **more)), Loader(make_crops), callbacks=[watch])
+        seen.append(watch.seen)
+    assert [epoch for epoch, _ in seen[0]] == [0] * 5 + [1] * 5
+    assert seen[0] == seen[1]
 
 
 def test_init__magnitudes__follow_the_concentrations(tiny_cfg, make_crops, build, fit):

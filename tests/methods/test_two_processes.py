@@ -20,6 +20,10 @@ CASES = {
     "dino_vmf": ("dino_vmf", {}),
     "dino_vmf-sinkhorn": ("dino_vmf", SINKHORN),
     "dino_vmf-em": ("dino_vmf", EM),
+    "dino_vmf-em-from-data": (
+        "dino_vmf",
+        EM | {"method_kwargs.init_prototypes": "em", "method_kwargs.num_prototypes": 8},
+    ),
     "ibot": ("ibot", {}),
     "ibot_vmf": ("ibot_vmf", {}),
     "ibot_vmf-em": ("ibot_vmf", EM),
