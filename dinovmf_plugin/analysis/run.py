@@ -33,7 +33,7 @@ from dinovmf_plugin.analysis.measurements import (
 from dinovmf_plugin.analysis.page import analysis_page, gallery_page
 from dinovmf_plugin.analysis.settings import AnalysisSettings
 from dinovmf_plugin.analysis.tables import save_table
-from dinovmf_plugin.core.vit import last_attention, patch_grid
+from dinovmf_plugin.core.vit import is_vit, last_attention, patch_grid
 from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.embedding import Embeddings, embed
@@ -267,6 +267,11 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         head=True,
     )
     model = load(settings.checkpoint).to(device)
+    if settings.attention.path and not is_vit(model.model):
+        raise ValueError(
+            f"attention.path={settings.attention.path} needs a Vision Transformer: {settings.checkpoint} "
+            "has no attention of a CLS token"
+        )
     others = {name: load(path).to(device) for name, path in settings.others.items()}
     name = settings.name or model.mixture_head[1].method
     if name in others:
@@ -313,9 +318,10 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
     )
     for key, themes in charts.items():
         write_file(folder / "figures" / f"{key}.svg", themes["light"])
-    maps = _attention(settings, model, shown, folder / "attention")
+    seen = is_vit(model.model)
+    maps = _attention(settings, model, shown, folder / "attention") if seen else []
     result["attention"] = [str(path.relative_to(folder)) for path in maps]
-    heads = int(model.vit.blocks[-1].attn.num_heads)
+    heads = int(model.vit.blocks[-1].attn.num_heads) if seen else 0
     page = analysis_page(
         result, charts, sheets, ranked, _attention_sheet(maps, heads) if maps else []
     )

@@ -9,6 +9,7 @@ import timm
 import torch
 
 from dinovmf_plugin.checkpoints.architecture import ViTShape
+from dinovmf_plugin.checkpoints.named import NamedShape
 
 __all__ = ["model_card"]
 
@@ -25,7 +26,7 @@ tags:
 # {title}
 
 {which} backbone of a {source} checkpoint (`{file}`), exported by dinovmf_plugin {version}.
-It has no classifier: its output is the CLS feature of {width} numbers.
+It has no classifier: its output is the {feature} feature of {width} numbers.
 
 | | |
 |---|---|
@@ -56,8 +57,7 @@ transform = timm.data.create_transform(
 features = model(transform(image).unsqueeze(0))  # (1, {width})
 ```
 
-Other image sizes: `timm.create_model(..., img_size=...)` resamples the position embeddings with
-antialiasing; official DINO, and `dinovmf_plugin export --img-size`, do without.
+{sizes}
 
 ## Licence and limits
 
@@ -66,8 +66,16 @@ Nothing here states how well the features work: evaluate them on your own data.
 """
 
 
-def _default_arguments(shape: ViTShape) -> dict[str, Any]:
+_SIZES = (
+    "Other image sizes: `timm.create_model(..., img_size=...)` resamples the position embeddings with\n"
+    "antialiasing; official DINO, and `dinovmf_plugin export --img-size`, do without."
+)
+
+
+def _default_arguments(shape: ViTShape | NamedShape) -> dict[str, Any]:
     """What timm's entry point of this name builds without further arguments."""
+    if isinstance(shape, NamedShape):
+        return {}
     with torch.device("meta"):
         model: Any = timm.create_model(shape.architecture, pretrained=False, num_classes=0)
     return {
@@ -82,7 +90,7 @@ def _default_arguments(shape: ViTShape) -> dict[str, Any]:
     }
 
 
-def model_card(shape: ViTShape, config: Mapping[str, Any]) -> str:
+def model_card(shape: ViTShape | NamedShape, config: Mapping[str, Any]) -> str:
     """Markdown for ``README.md``: what the weights are, and the lines that load them.
 
     Args:
@@ -114,6 +122,8 @@ def model_card(shape: ViTShape, config: Mapping[str, Any]) -> str:
         file=own["file"],
         version=own["version"],
         width=shape.embed_dim,
+        feature="pooled" if isinstance(shape, NamedShape) else "CLS",
+        sizes="" if isinstance(shape, NamedShape) else _SIZES,
         shape=shape,
         height=data["input_size"][1],
         image_width=data["input_size"][2],

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timm.models import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinovmf_plugin.runs.files import replacing
 
@@ -17,6 +16,9 @@ __all__ = ["TOLERANCE", "require_onnx", "write_onnx", "write_torchscript"]
 
 TOLERANCE = 1e-5
 """Largest difference that passes, relative to the largest feature: float32 sums in another order."""
+
+Size = tuple[int, int, int]
+"""Channels, height and width of the images."""
 
 _BATCHES = (1, 3)  # neither is the size that the graphs are made with: the batch must stay free
 
@@ -36,17 +38,15 @@ def require_onnx() -> None:
         )
 
 
-def _images(vit: VisionTransformer, batch: int) -> Tensor:
-    height, width = vit.patch_embed.img_size
-    channels = vit.patch_embed.proj.in_channels
+def _images(shape: Size, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, channels, height, width, generator=generator)
+    return torch.randn(batch, *shape, generator=generator)
 
 
-def _compare(vit: VisionTransformer, run: Callable[[Tensor], Tensor], what: str) -> None:
+def _compare(model: nn.Module, shape: Size, run: Callable[[Tensor], Tensor], what: str) -> None:
     for batch in _BATCHES:
-        images = _images(vit, batch)
-        wanted, got = vit(images), run(images)
+        images = _images(shape, batch)
+        wanted, got = model(images), run(images)
         if wanted.shape != got.shape:
             raise ValueError(
                 f"the {what} gives {tuple(got.shape)} instead of {tuple(wanted.shape)}: not written"
@@ -60,8 +60,8 @@ def _compare(vit: VisionTransformer, run: Callable[[Tensor], Tensor], what: str)
 
 
 @torch.no_grad()
-def write_torchscript(vit: VisionTransformer, path: Path) -> None:
-    """Trace ``vit``, compare the reloaded file's outputs, then put it at ``path``.
+def write_torchscript(model: nn.Module, shape: Size, path: Path) -> None:
+    """Trace ``model``, compare the reloaded file's outputs, then put it at ``path``.
 
     Raises:
         ValueError: if the outputs differ by more than ``TOLERANCE``; nothing is written.
@@ -69,13 +69,13 @@ def write_torchscript(vit: VisionTransformer, path: Path) -> None:
     with replacing(path) as draft:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracer and deprecation notes; the comparison decides
-            torch.jit.save(torch.jit.trace(vit, _images(vit, 2)), str(draft))
+            torch.jit.save(torch.jit.trace(model, _images(shape, 2)), str(draft))
             traced = torch.jit.load(str(draft))
-        _compare(vit, traced, "TorchScript file")
+        _compare(model, shape, traced, "TorchScript file")
 
 
 @torch.no_grad()
-def write_onnx(vit: VisionTransformer, path: Path) -> None:
+def write_onnx(model: nn.Module, shape: Size, path: Path) -> None:
     """Write ONNX (input ``images``, output ``features``, free batch), compare, then put it at ``path``.
 
     Raises:
@@ -89,8 +89,8 @@ def write_onnx(vit: VisionTransformer, path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                vit,
-                (_images(vit, 2),),
+                model,
+                (_images(shape, 2),),
                 str(draft),
                 input_names=["images"],
                 output_names=["features"],
@@ -104,4 +104,4 @@ def write_onnx(vit: VisionTransformer, path: Path) -> None:
         def run(images: Tensor) -> Tensor:
             return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
-        _compare(vit, run, "ONNX file")
+        _compare(model, shape, run, "ONNX file")

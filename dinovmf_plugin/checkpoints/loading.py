@@ -1,10 +1,11 @@
-"""Weights into a timm Vision Transformer."""
+"""Weights into a timm Vision Transformer, or another network that timm has by name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models import VisionTransformer
@@ -21,10 +22,11 @@ from dinovmf_plugin.checkpoints.architecture import (
 )
 from dinovmf_plugin.checkpoints.heads import with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
+from dinovmf_plugin.checkpoints.named import NamedShape, named_shape
 from dinovmf_plugin.checkpoints.report import LoadReport
 from dinovmf_plugin.core import vit as backbones
 
-__all__ = ["backbone_from", "initialize_from", "load_backbone"]
+__all__ = ["backbone_from", "initialize_from", "load_backbone", "network_from"]
 
 
 def _fit(
@@ -87,7 +89,7 @@ def backbone_from(
     num_heads: int | None = None,
     img_size: int | tuple[int, int] | None = None,
 ) -> tuple[VisionTransformer, LoadReport, ViTShape]:
-    """``load_backbone`` for weights that are read already, with the shape; same errors."""
+    """``load_backbone`` for the weights of a ViT that are read already, with the shape; same errors."""
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     try:
         shape = infer_shape(
@@ -121,6 +123,29 @@ def backbone_from(
     return vit.eval(), report, shape
 
 
+def network_from(
+    stored: StoredWeights,
+    *,
+    model_name: str | None = None,
+    num_heads: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> tuple[nn.Module, LoadReport, ViTShape | NamedShape]:
+    """``load_backbone`` for weights that are read already, with the shape; same errors."""
+    try:
+        shape = named_shape(stored.backbone, stored.config)
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {error}") from error
+    if shape is None:
+        return backbone_from(stored, model_name=model_name, num_heads=num_heads, img_size=img_size)
+    if img_size is not None:
+        raise ValueError(
+            f"img_size={img_size} is for Vision Transformers, whose position embeddings it resamples, but "
+            f"{stored.path} holds {shape.name}"
+        )
+    model = shape.build()
+    return model.eval(), _load(stored, model, stored.backbone, str(shape)), shape
+
+
 def load_backbone(
     path: str | Path,
     *,
@@ -128,12 +153,13 @@ def load_backbone(
     model_name: str | None = None,
     num_heads: int | None = None,
     img_size: int | tuple[int, int] | None = None,
-) -> tuple[VisionTransformer, LoadReport]:
+) -> tuple[Any, LoadReport]:
     """Load a Vision Transformer from any layout that this project knows.
 
-    Official DINO, iBOT and MSN checkpoints (full or backbone-only), solo-learn's and this plugin's
+    Official DINO, iBOT, MSN and DINOv2 checkpoints (full or backbone-only), solo-learn's and this plugin's
     ``.ckpt``, bare timm state dicts, ``.safetensors`` files and exported folders. The architecture is
-    inferred from the tensors. Nothing that a file contains is executed.
+    inferred from the tensors; ResNets, ConvNeXts and Swins are built as the file's config says. Nothing that
+    a file contains is executed.
 
     Args:
         path: the file, or a folder with ``model.safetensors``.
@@ -152,7 +178,7 @@ def load_backbone(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, corrupt, holds code, is no plain Vision Transformer, holds no
+        ValueError: if it is truncated, corrupt, holds code, is no network that is known here, holds no
             such network, or a tensor on the path to the features is missing, left over or of another
             shape, which is named.
 
@@ -166,10 +192,10 @@ def load_backbone(
         ('timm', 'unnamed', 18, ())
     """
     stored = read_weights(path, which)
-    vit, report, _ = backbone_from(
+    model, report, _ = network_from(
         stored, model_name=model_name, num_heads=num_heads, img_size=img_size
     )
-    return vit, report
+    return model, report
 
 
 def initialize_from(

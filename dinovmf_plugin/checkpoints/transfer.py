@@ -13,7 +13,8 @@ from dinovmf_plugin.checkpoints import graphs
 from dinovmf_plugin.checkpoints.card import model_card
 from dinovmf_plugin.checkpoints.heads import HeadSettings, head_from, with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
-from dinovmf_plugin.checkpoints.loading import backbone_from
+from dinovmf_plugin.checkpoints.loading import network_from
+from dinovmf_plugin.checkpoints.named import NamedShape
 from dinovmf_plugin.checkpoints.report import LoadReport
 from dinovmf_plugin.checkpoints.writing import (
     check_free,
@@ -113,13 +114,13 @@ def import_weights(
     if stored.source not in _ACCEPTED[source]:
         found = "a bare ViT state dict" if stored.source == "timm" else f"{stored.source} layout"
         raise ValueError(f"{path} is no {source} checkpoint: it has {found}; see --source")
-    vit, report, shape = backbone_from(
+    model, report, shape = network_from(
         stored, model_name=model_name, num_heads=num_heads, img_size=img_size
     )
     complete = with_head(stored)
     head = _head(complete) if complete.head else None
     config = timm_config(shape, stored, head[1] if head else None)
-    write_safetensors(output, vit.state_dict(), config)
+    write_safetensors(output, model.state_dict(), config)
     write_file(config_path, _json(config))
     written = [output, config_path]
     if head is not None:
@@ -181,16 +182,22 @@ def export_weights(
     if onnx:
         graphs.require_onnx()
     stored = read_weights(path, which)
-    vit, report, shape = backbone_from(
+    model, report, shape = network_from(
         stored, model_name=model_name, num_heads=num_heads, img_size=img_size
     )
+    if isinstance(shape, NamedShape) and shape.cifar:
+        raise ValueError(
+            f"{stored.path} holds {shape.name}, which no name of timm builds: it cannot be exported, only "
+            "evaluated and analysed here"
+        )
+    images = (shape.in_chans, *shape.img_size)
     head = _head(with_head(stored)) if with_projection_head else None
     config = timm_config(shape, stored, head[1] if head else None)
     if torchscript:
-        graphs.write_torchscript(vit, targets["model.torchscript.pt"])
+        graphs.write_torchscript(model, images, targets["model.torchscript.pt"])
     if onnx:
-        graphs.write_onnx(vit, targets["model.onnx"])
-    write_safetensors(targets["model.safetensors"], vit.state_dict(), config)
+        graphs.write_onnx(model, images, targets["model.onnx"])
+    write_safetensors(targets["model.safetensors"], model.state_dict(), config)
     write_file(targets["config.json"], _json(config))
     card = model_card(shape, config)
     write_file(targets["README.md"], card)

@@ -15,6 +15,7 @@ from dinovmf_plugin._version import __version__
 from dinovmf_plugin.checkpoints.architecture import ViTShape
 from dinovmf_plugin.checkpoints.heads import HeadSettings
 from dinovmf_plugin.checkpoints.layouts import StoredWeights
+from dinovmf_plugin.checkpoints.named import NamedShape
 from dinovmf_plugin.checkpoints.reading import CONFIG_KEY
 from dinovmf_plugin.data.channels import channel_statistics
 from dinovmf_plugin.runs.files import write_file
@@ -64,7 +65,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], config: Mapping
 
 
 def timm_config(
-    shape: ViTShape, stored: StoredWeights, head: HeadSettings | None = None
+    shape: ViTShape | NamedShape, stored: StoredWeights, head: HeadSettings | None = None
 ) -> dict[str, Any]:
     """``config.json`` as timm and the Hub read it, with this project's own part for its provenance.
 
@@ -86,17 +87,21 @@ def timm_config(
         own |= {**previous, "version": __version__}
     if head is not None:
         own["head"] = asdict(head)
+    if isinstance(shape, NamedShape):
+        pooling, first, classifier, fixed = shape.hub
+    else:
+        pooling, first, classifier, fixed = "token", "patch_embed.proj", "head", True
     return {
         "architecture": shape.architecture,
         "num_classes": 0,
         "num_features": shape.embed_dim,
-        "global_pool": "token",
+        "global_pool": pooling,
         "model_args": {k: v for k, v in shape.model_args.items() if v is not None},
         "pretrained_cfg": {
             "tag": "dinovmf",
             "custom_load": False,
             "input_size": [shape.in_chans, *shape.img_size],
-            "fixed_input_size": True,
+            "fixed_input_size": fixed,
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
@@ -104,8 +109,8 @@ def timm_config(
             "std": list(std),
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "first_conv": first,
+            "classifier": classifier,
         },
         "dinovmf_plugin": own,
     }

@@ -88,14 +88,10 @@ def check_evaluation(config: Mapping[str, Any], model: nn.Module) -> int:
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if a setting or the images cannot be used, or ``model`` is no ViT.
+        ValueError: if a setting or the images cannot be used.
     """
     settings = evaluation_settings(config)
     pick_device(settings.device)
-    if not is_vit(model):
-        raise ValueError(
-            f"backbone {type(model).__name__} cannot be evaluated: only plain Vision Transformers can"
-        )
     images = Images(settings)
     for name in settings.evaluations:
         section, prepare = settings.sections[name], PROTOCOLS[name].prepare
@@ -103,7 +99,8 @@ def check_evaluation(config: Mapping[str, Any], model: nn.Module) -> int:
             resolve_feature(feature, model)
         size = section.transform.size
         try:
-            patch_grid(model, size, size)
+            if is_vit(model):
+                patch_grid(model, size, size)
         except ValueError as error:
             raise ValueError(f"{name}.crop_size={size}: {error}") from error
         if prepare is not None:

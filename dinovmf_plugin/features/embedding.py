@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.features.extraction import FeatureSpec, extract_feature_set
+from dinovmf_plugin.features.extraction import extract_feature_set, resolve_feature
 from dinovmf_plugin.features.images import ImageSet, loader_for
 from dinovmf_plugin.features.network import Network
 
@@ -24,7 +24,7 @@ class Embeddings:
 
     Attributes:
         y: unit vectors of the head ``(N, p)``, float32.
-        features: CLS after the final norm ``(N, D)``, float32.
+        features: CLS after the final norm, or the pooled output, ``(N, D)``, float32.
     """
 
     y: Tensor
@@ -60,9 +60,9 @@ def embed(
         images, network.normalized(transform), batch_size=batch_size, num_workers=num_workers
     )
     found, _ = extract_feature_set(
-        network.vit,
+        network.model,
         loader,
-        {"cls": FeatureSpec()},
+        {"cls": resolve_feature("cls", network.model)},
         device,
         progress=progress,
         name=images.name,

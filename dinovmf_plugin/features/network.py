@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dinovmf_plugin.checkpoints.architecture import ViTShape, build_vit
 from dinovmf_plugin.checkpoints.heads import HeadSettings, head_from, with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
-from dinovmf_plugin.checkpoints.loading import backbone_from
+from dinovmf_plugin.checkpoints.loading import network_from
+from dinovmf_plugin.checkpoints.named import NamedShape
 from dinovmf_plugin.checkpoints.reading import resolve_file
 from dinovmf_plugin.core.heads import DINOHead
 from dinovmf_plugin.core.prototypes import Prototypes
@@ -38,7 +39,7 @@ class Network:
         label: short name for tables, such as ``DINO-vMF`` or ``untrained``.
         identity: what distinguishes its features from those of any other network.
         record: what the results say about it: path, sha256, network, architecture, load report.
-        shape: the ViT's shape, None for pixels.
+        shape: how timm builds it, None for pixels.
         statistics: what its images are normalised by.
         head: projection head in eval mode, if it was asked for; ``head.last_layer`` holds the prototypes.
         head_settings: temperatures and switches of the head.
@@ -49,7 +50,7 @@ class Network:
     label: str
     identity: str
     record: dict[str, Any]
-    shape: ViTShape | None = None
+    shape: ViTShape | NamedShape | None = None
     statistics: Statistics = IMAGENET
     head: DINOHead | None = None
     head_settings: HeadSettings | None = None
@@ -87,8 +88,10 @@ class Network:
 
     @property
     def image_size(self) -> int:
-        """Side of the images that the position embeddings were made for, in pixels."""
-        return int(self.vit.patch_embed.img_size[0])
+        """Side of the images that the network was made for, in pixels."""
+        return int(
+            self.vit.patch_embed.img_size[0] if self.shape is None else self.shape.img_size[0]
+        )
 
     def to(self, device: torch.device | str) -> Network:
         """The same network, its modules moved to ``device``."""
@@ -113,13 +116,17 @@ def untrained_like(network: Network, seed: int = 0) -> Network:
     """The same architecture with random weights, for the same pixels: what the images alone give.
 
     Raises:
-        ValueError: if ``network`` is no ViT.
+        ValueError: for raw pixels.
     """
     shape = network.shape
     if shape is None:
-        raise ValueError(f"{network.label} is no Vision Transformer: it has no untrained twin")
+        raise ValueError(f"{network.label} is no network: it has no untrained twin")
     identity = f"untrained {shape} seed {seed}"
-    model = _random_vit(lambda: build_vit(shape, weight_init=""), seed)
+    if isinstance(shape, NamedShape):
+        model = _random_vit(shape.build, seed)
+    else:
+        vit_shape = shape
+        model = _random_vit(lambda: build_vit(vit_shape, weight_init=""), seed)
     record = {"checkpoint": identity}
     return Network(model, "untrained", identity, record, shape, network.statistics)
 
@@ -199,7 +206,7 @@ def load_network(
         return _random_by_name(random_name(checkpoint), seed)
     file = resolve_file(checkpoint)
     stored = read_weights(file, which)
-    model, report, shape = backbone_from(stored, model_name=model_name, num_heads=num_heads)
+    model, report, shape = network_from(stored, model_name=model_name, num_heads=num_heads)
     digest = file_digest(file)
     record = {
         "checkpoint": str(file),
@@ -224,9 +231,10 @@ def load_network(
 def _with_head(network: Network, stored: StoredWeights) -> Network:
     head, settings = head_from(with_head(stored))
     width = next(head.mlp.parameters()).shape[1]
-    if width != network.vit.embed_dim:
+    given = network.shape.embed_dim if network.shape is not None else 0
+    if width != given:
         raise ValueError(
-            f"{stored.path}: the head takes {width} features, the backbone gives {network.vit.embed_dim}"
+            f"{stored.path}: the head takes {width} features, the backbone gives {given}"
         )
     center = stored.center
     if center is not None and len(center) != head.last_layer.num_prototypes:

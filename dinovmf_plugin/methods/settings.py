@@ -9,6 +9,7 @@ from annotated_types import Ge, Le
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.checkpoints.architecture import check_vit_kwargs
+from dinovmf_plugin.checkpoints.named import check_named_kwargs
 from dinovmf_plugin.core.centering import CenteringName
 from dinovmf_plugin.core.prototypes import Normalization
 from dinovmf_plugin.runs.bounds import Count, Path, Positive, Share, Weight, Whole
@@ -56,6 +57,7 @@ def check_backbone(cfg: DictConfig) -> None:
             f"backbone.kwargs.in_chans={kwargs['in_chans']!r} is not supported: images are RGB, 3 channels"
         )
     if not cfg.backbone.name.startswith("vit_"):
+        check_named_kwargs(cfg.backbone.name, kwargs)
         return
     check_vit_kwargs(kwargs)
     for size in crop_sizes(cfg):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dinovmf_plugin.core.vit import is_vit
 from dinovmf_plugin.evaluation.retrieval.dataset import RetrievalSet, load_retrieval_set
 from dinovmf_plugin.evaluation.retrieval.descriptors import (
     ExtractionReport,
@@ -84,7 +85,8 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
         num_heads=settings.num_heads,
         seed=settings.seed,
     )
-    vit = network.vit  # what has no tokens must not bind the folder to itself
+    # raw pixels have no feature of images of any size, and must not bind the folder to themselves
+    model: Any = network.vit if network.shape is None else network.model
     bound = {
         "task": "retrieval",
         "network": network.identity,
@@ -106,7 +108,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
             ("database", data.database, None),
         )
     }
-    patch_size: Any = vit.patch_embed.patch_size
+    patch_size = tuple(model.patch_embed.patch_size) if is_vit(model) else (1, 1)
     for pictures in files.values():
         pictures.check_sizes(min(settings.scales), patch_size)
     folder = open_run_folder(settings.output_dir, bound)
@@ -114,7 +116,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     speed: dict[str, ExtractionReport] = {}
     for kind, pictures in files.items():
         features[kind], speed[kind] = extract_descriptors(
-            vit,
+            model,
             pictures,
             folder / "descriptors" / kind,
             scales=settings.scales,
