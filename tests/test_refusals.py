@@ -70,9 +70,12 @@ def _sentence(cfg: Any) -> str:
         ),
         (
             "+backbone.kwargs.in_chans=1",
-            r"backbone\.kwargs=.*'in_chans': 1.* three colours: .*channels",
+            r"backbone\.kwargs\.in_chans=1 is not supported: images are RGB",
         ),
-        ("+backbone.kwargs.strict_size=1", "backbone=.*strict_size.* cannot be built"),
+        (
+            "+backbone.kwargs.strict_size=1",
+            r"backbone\.kwargs\.strict_size=1 is not supported: no stored weight",
+        ),
         ("+optimizer.kwargs.betas=[0.9]", r"optimizer\.kwargs=.*0\.9.* is refused by .*=adamw: "),
         ("accelerator=cuda0", "accelerator"),
         ("precision=17", "precision='?17"),

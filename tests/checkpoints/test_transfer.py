@@ -153,7 +153,7 @@ def test_a_graph_with_other_outputs_is_not_written(ckpt, tmp_path):
     with pytest.raises(
         ValueError, match="TorchScript file differs from the network by .* not written"
     ):
-        graphs.write_torchscript(vit, tmp_path / "e" / "m.pt")
+        graphs.write_torchscript(vit, (3, *vit.patch_embed.img_size), tmp_path / "e" / "m.pt")
     assert list((tmp_path / "e").iterdir()) == []
 
 
