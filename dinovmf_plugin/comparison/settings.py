@@ -22,13 +22,7 @@ from dinovmf_plugin.runs import bounds
 from dinovmf_plugin.runs.bounds import AtLeastOne, Count, Fraction, OneOf, Positive, Seed, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings, read
 
-__all__ = [
-    "AblationSettings",
-    "CompareSettings",
-    "ComparisonSettings",
-    "RunSettings",
-    "comparison_from",
-]
+__all__ = ["ComparisonSettings", "RunSettings", "comparison_from"]
 
 _BY_RUN = ("checkpoint", "output_dir", "evaluations", "baselines", "cache_dir", "progress")
 _SWEPT = ("normalization", "centering")
