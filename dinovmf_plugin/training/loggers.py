@@ -97,11 +97,24 @@ def build_loggers(
 
 
 def log_config(loggers: Iterable[Logger], cfg: DictConfig, run_ids: Mapping[str, str]) -> None:
-    """Give every logger the whole resolved config (MLflow, which refuses changes, only of a new run)."""
+    """Give every logger the whole resolved config (MLflow, which refuses changes, only of a new run).
+
+    Raises:
+        ValueError: if wandb cannot start, which without a key or a network it does not.
+    """
     whole: Any = OmegaConf.to_container(cfg, resolve=True)
     for logger in loggers:
-        if not (isinstance(logger, MLFlowLogger) and "mlflow" in run_ids):
+        if isinstance(logger, MLFlowLogger) and "mlflow" in run_ids:
+            continue
+        try:
             logger.log_hyperparams(whole)
+        except Exception as error:
+            if not (isinstance(logger, WandbLogger) and type(error).__module__.startswith("wandb")):
+                raise
+            raise ValueError(
+                f"wandb.enabled=True cannot start ({str(error).splitlines()[0]}): run `wandb login`, set "
+                "WANDB_API_KEY, or set wandb.offline=True"
+            ) from error
 
 
 def close_loggers(loggers: Iterable[Logger]) -> None:

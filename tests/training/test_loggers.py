@@ -11,7 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 from dinovmf_plugin.pretraining import build_trainer
-from dinovmf_plugin.training.loggers import build_loggers, close_loggers, stored_run_ids
+from dinovmf_plugin.training.loggers import build_loggers, close_loggers, log_config, stored_run_ids
+from dinovmf_plugin.training.schema import LOGGERS
 
 SCHEDULED = ("lr", "weight_decay", "tau", "teacher_temperature", "student_temperature")
 
@@ -102,3 +103,15 @@ def test_missing_package__named(tiny_cfg, tmp_path, monkeypatch):
         ImportError, match=r"wandb\.enabled=True needs a package: pip install wandb"
     ):
         build_loggers(tiny_cfg(**nodes), tmp_path)
+
+
+def test_wandb_without_a_key__is_one_sentence_before_training(tiny_cfg, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key in ~/.netrc
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    nodes = {name: {"enabled": name == "wandb"} for name in LOGGERS}
+    cfg = tiny_cfg("dino_vmf", **nodes, **{"checkpoint.folder": str(tmp_path)})
+    loggers = build_loggers(cfg, tmp_path)
+    with pytest.raises(ValueError, match=r"wandb\.enabled=True cannot start .*wandb\.offline=True"):
+        log_config(loggers, cfg, {})
