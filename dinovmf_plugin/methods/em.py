@@ -140,7 +140,7 @@ class ComponentsByEM(SelfDistillation):
         found = starting_parameters(
             embeddings, s.num_prototypes, s.init_prototypes, int(self.cfg.get("seed", None) or 0)
         )
-        fitted = em.maximization(found, F.normalize(self.prototype_layers[1].directions(), dim=1))
+        fitted = em.maximization(found, self.prototype_layers[1].directions().cpu())
         for layer in self.prototype_layers:
             layer.weight_v.copy_(fitted.directions)
             if s.init_prototypes == "em" and s.normalization == "vmf":
@@ -167,9 +167,10 @@ class ComponentsByEM(SelfDistillation):
         found, have = [], 0
         training, crops_of = self.momentum_backbone.training, self.num_large_crops
         self.momentum_backbone.eval()
-        with isolate_rng():
+        precision = self.trainer.precision_plugin
+        with isolate_rng(), precision.forward_context():
             for batch in self.trainer.train_dataloader:
-                _, crops, _ = self.trainer.strategy.batch_to_device(batch)
+                _, crops, _ = self.trainer.strategy.batch_to_device(precision.convert_input(batch))
                 embeddings = self.momentum_head(self.pooled_teacher(list(crops)[:crops_of])).float()
                 found.append(_of_all_ranks(embeddings).cpu())
                 have += len(found[-1])

@@ -203,6 +203,21 @@ def test_init__too_few_embeddings__named(tiny_cfg, make_crops, build, fit):
         fit(build(tiny_cfg(max_epochs=1, **more)), [make_crops()])
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision__components_stay_exact(tiny_cfg, make_crops, build, fit, precision):
+    more = {"method_kwargs.init_prototypes": "em", "method_kwargs.num_prototypes": 4}
+    module = build(tiny_cfg(max_epochs=1, **(EM | more)))
+    fit(module, _classes(make_crops, 4), precision=precision)
+    for value in module.components.buffers():
+        assert value.dtype == torch.float32
+        assert value.isfinite().all()
+    # rows of the start, and of four batches of eight pictures with two large crops
+    assert float(module.components.counts.sum()) > 4
+    assert torch.isfinite(module.last_step.loss)
+    layers = module.head.last_layer, module.momentum_head.last_layer
+    assert torch.equal(layers[0].weight_v, layers[1].weight_v)
+
+
 def test_starting_parameters__many_components__all_different():
     torch.manual_seed(0)
     y = F.normalize(torch.randn(2000, 8), dim=1)
