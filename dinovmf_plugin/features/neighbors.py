@@ -5,6 +5,10 @@ anything is sorted: groups of ``_GROUP`` neighbours whose maximum does not beat 
 similarity are dropped whole, and of the rest only entries that beat it enter the query's reservoir.
 The cost is the matrix product plus some per cent; nothing of size queries x bank is ever kept. 1,000 queries
 against 1.28 M x 768 take 18 s of one core and 154 MB beside the bank (``results/benchmark_knn.json``).
+
+This serves banks of every size. Below 100,000 rows faiss's flat index can be faster, but there a search takes
+seconds at most, and a second backend would be a second rounding (faiss has no float16 bank), a second order
+of equal similarities and a dependency: results would depend on which one served.
 """
 
 from __future__ import annotations
