@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dinovmf_plugin.comparison.charts import (
     curve_charts,
     learning_of_groups,
@@ -35,6 +37,7 @@ from dinovmf_plugin.report.page import Page
 from dinovmf_plugin.report.paper import paper_ablation
 from dinovmf_plugin.report.tables import Table
 from dinovmf_plugin.runs.files import write_file, write_json
+from dinovmf_plugin.training.crops import SHEET
 
 __all__ = ["collect"]
 
@@ -166,7 +169,7 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
     write_json(root / f"{kind}.json", summary)
     text = _markdown(summary, tables)
     write_file(root / f"{kind}.md", text)
-    write_file(root / f"{kind}.html", _page(summary, tables, groups, varied).html())
+    write_file(root / f"{kind}.html", _page(root, summary, tables, groups, varied).html())
     print(f"\n{text}\n{root / kind}.json, .html, .md")
     return summary
 
@@ -203,6 +206,7 @@ def _markdown(summary: dict[str, Any], tables: Sequence[tuple[str, Table]]) -> s
 
 
 def _page(
+    root: Path,
     summary: dict[str, Any],
     tables: Sequence[tuple[str, Table]],
     groups: Sequence[Group],
@@ -239,6 +243,13 @@ def _page(
     if charts:
         page.section("Over time")
         page.charts(*charts)
+    sheets = [root / run["folder"] / SHEET for run in summary["runs"]]
+    shown_sheet = next((sheet for sheet in sheets if sheet.is_file()), None)
+    if shown_sheet is not None:
+        page.section("What the networks see")
+        page.text("The first images of a run, one row each, with their global and local crops.")
+        with Image.open(shown_sheet) as sheet:
+            page.picture(sheet, "crops of the first training images")
     for run in summary["runs"]:
         if run["diverged"]:
             page.text(f"{run['label']}, seed {run['seed']}: {run['diverged']}", note=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ def _curve(
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
         draw(axes)
+        if xlabel == "epoch":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(handles)))
         return figure

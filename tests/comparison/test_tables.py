@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 from dinovmf_plugin.comparison import collect as collecting
@@ -128,13 +129,14 @@ def test_ablation_has_the_layout_of_table_1(write_results: Any, no_charts: None)
 
 def test_page_stands_alone_in_light_and_dark(write_results: Any) -> None:
     root = write_results(*_cells(), kind="ablation")
+    Image.new("RGB", (8, 8)).save(root / "runs" / "dino_multicrop" / "03" / "crops.png")
     summary = collect(root)
     page = (root / "ablation.html").read_text()
     assert page.count("prefers-color-scheme: dark") > 3
     assert "http" not in page.replace("http://www.w3.org", "")
     for sentence in summary["sentences"]:
         assert sentence.replace("'", "&#39;") in page
-    for title in ("Over time", "Prototypes of the teacher", "Every run"):
+    for title in ("Over time", "Prototypes of the teacher", "Every run", "What the networks see"):
         assert title in page
 
 
