@@ -266,7 +266,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         num_heads=settings.num_heads,
         head=True,
     )
-    model = load(settings.checkpoint).to(device)
+    model = load(settings.checkpoint, weights=settings.weights).to(device)
     if settings.attention.path and not is_vit(model.model):
         raise ValueError(
             f"attention.path={settings.attention.path} needs a Vision Transformer: {settings.checkpoint} "

@@ -26,7 +26,7 @@ from dinovmf_plugin.checkpoints.named import NamedShape, named_shape
 from dinovmf_plugin.checkpoints.report import LoadReport
 from dinovmf_plugin.core import vit as backbones
 
-__all__ = ["backbone_from", "initialize_from", "load_backbone", "network_from"]
+__all__ = ["backbone_from", "initialize_from", "load_backbone", "load_into", "network_from"]
 
 
 def _fit(
@@ -57,7 +57,7 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _load(
+def load_into(
     stored: StoredWeights, module: nn.Module, tensors: Mapping[str, Tensor], model_name: str
 ) -> LoadReport:
     """Copy the tensors; refuse what would leave the features other than those of the stored network."""
@@ -103,7 +103,7 @@ def backbone_from(
         raise ValueError(f"{stored.path}: {error}") from error
     vit = build_vit(shape)
     backbones.resample_positions_as(vit, stored.position_resampling)
-    report = _load(stored, vit, stored.backbone, str(shape))
+    report = load_into(stored, vit, stored.backbone, str(shape))
     if size is not None:
         resized = replace(
             shape, grid=(size[0] // shape.patch_size[0], size[1] // shape.patch_size[1])
@@ -143,7 +143,7 @@ def network_from(
             f"{stored.path} holds {shape.name}"
         )
     model = shape.build()
-    return model.eval(), _load(stored, model, stored.backbone, str(shape)), shape
+    return model.eval(), load_into(stored, model, stored.backbone, str(shape)), shape
 
 
 def load_backbone(
@@ -249,7 +249,7 @@ def initialize_from(
         tensors["pos_embed"] = resize_position_embedding(
             source, (new[0] * patch_h, new[1] * patch_w)
         )
-    report = _load(stored, backbone, tensors, source_report.model_name)
+    report = load_into(stored, backbone, tensors, source_report.model_name)
     report = replace(
         report,
         unexpected=(*source_report.unexpected, *report.unexpected),

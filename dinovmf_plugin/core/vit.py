@@ -18,6 +18,7 @@ __all__ = [
     "PositionResampling",
     "disable_drop_path",
     "forward_tokens",
+    "has_tokens",
     "intermediate_tokens",
     "is_vit",
     "last_attention",
@@ -33,6 +34,15 @@ def is_vit(backbone: nn.Module) -> bool:
     """Whether the functions of this module can drive ``backbone`` (a timm-style plain ViT)."""
     parts = ("patch_embed", "blocks", "norm", "pos_embed", "cls_token")
     return all(getattr(backbone, part, None) is not None for part in parts)
+
+
+def has_tokens(network: nn.Module) -> bool:
+    """Whether CLS and patches can be had: a plain ViT, or a network that gives them itself.
+
+    The latter has ``block_tokens(images, n)`` and ``last_attention(images)`` beside a ViT's ``embed_dim``,
+    ``blocks``, ``norm``, ``patch_embed`` and ``num_prefix_tokens``.
+    """
+    return is_vit(network) or hasattr(network, "block_tokens")
 
 
 def _check_vit(backbone: nn.Module) -> None:
@@ -194,6 +204,8 @@ def forward_tokens(
     Raises:
         ValueError: if ``vit`` is no plain ViT, the masks do not fit, or a token is missing.
     """
+    if hasattr(vit, "block_tokens") and masks is None and keep is None:
+        return intermediate_tokens(vit, images, 1, final_norm=final_norm)[0]
     _check_vit(vit)
     x = embed(vit, images, masks, mask_token, keep)
     if getattr(vit, "grad_checkpointing", False) and torch.is_grad_enabled():
@@ -216,10 +228,14 @@ def intermediate_tokens(
     Raises:
         ValueError: if ``n`` is not between 1 and the depth.
     """
-    _check_vit(vit)
+    if not hasattr(vit, "block_tokens"):
+        _check_vit(vit)
     depth = len(vit.blocks)
     if not 1 <= n <= depth:
         raise ValueError(f"n={n} blocks were asked for, but the backbone has {depth}")
+    if hasattr(vit, "block_tokens"):
+        found: list[Tensor] = vit.block_tokens(images, n)
+        return [vit.norm(tokens) for tokens in found] if final_norm else found
     x = embed(vit, images)
     out = []
     for i, block in enumerate(vit.blocks):
@@ -234,6 +250,9 @@ def last_attention(vit: Any, images: Tensor) -> Tensor:
 
     Recomputed from the block's own projection, since fused attention never forms them.
     """
+    if hasattr(vit, "block_tokens"):
+        attention_of: Tensor = vit.last_attention(images)
+        return attention_of
     _check_vit(vit)
     x = embed(vit, images)
     for block in vit.blocks[:-1]:

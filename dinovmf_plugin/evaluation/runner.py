@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dinovmf_plugin.core.distributed import Processes, launched_processes
-from dinovmf_plugin.core.vit import is_vit, patch_grid
+from dinovmf_plugin.core.vit import has_tokens, patch_grid
 from dinovmf_plugin.evaluation.page import evaluation_page
 from dinovmf_plugin.evaluation.protocols import PROTOCOLS, evaluation_settings
 from dinovmf_plugin.evaluation.settings import EvaluationSettings
@@ -34,6 +34,7 @@ def _networks(settings: EvaluationSettings, main: Network | None) -> list[Networ
     main = main or load_network(
         settings.checkpoint,
         which=settings.which,
+        weights=settings.weights,
         model_name=settings.model_name,
         num_heads=settings.num_heads,
         seed=settings.seed,
@@ -99,7 +100,7 @@ def check_evaluation(config: Mapping[str, Any], model: nn.Module) -> int:
             resolve_feature(feature, model)
         size = section.transform.size
         try:
-            if is_vit(model):
+            if has_tokens(model):
                 patch_grid(model, size, size)
         except ValueError as error:
             raise ValueError(f"{name}.crop_size={size}: {error}") from error

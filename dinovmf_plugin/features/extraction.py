@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dinovmf_plugin.core.vit import intermediate_tokens, is_vit
+from dinovmf_plugin.core.vit import has_tokens, intermediate_tokens
 from dinovmf_plugin.features.checks import NonFiniteFeaturesError, first_non_finite_row
 
 __all__ = [
@@ -84,7 +84,7 @@ def resolve_feature(
         >>> print(resolve_feature("dino", vit))
         CLS of the last 4 blocks, after the final norm
     """
-    if not is_vit(model):
+    if not has_tokens(model):
         return None
     width, depth = int(model.embed_dim), len(model.blocks)  # type: ignore[arg-type]
     named = {

@@ -18,10 +18,11 @@ from dinovmf_plugin.checkpoints.named import NamedShape
 from dinovmf_plugin.checkpoints.reading import resolve_file
 from dinovmf_plugin.core.heads import DINOHead
 from dinovmf_plugin.core.prototypes import Prototypes
-from dinovmf_plugin.core.vit import is_vit
+from dinovmf_plugin.core.vit import has_tokens
 from dinovmf_plugin.data.channels import IMAGENET, Statistics, channel_statistics
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.extraction import PixelFeatures
+from dinovmf_plugin.features.published import as_network, published_network
 from dinovmf_plugin.report.paper import method_label
 from dinovmf_plugin.runs.files import file_digest
 
@@ -63,7 +64,7 @@ class Network:
         Raises:
             ValueError: if it is none.
         """
-        if not is_vit(self.model):
+        if not has_tokens(self.model):
             raise ValueError(
                 f"checkpoint={self.record['checkpoint']} has no patch tokens: a Vision Transformer is "
                 "needed here"
@@ -123,7 +124,8 @@ def untrained_like(network: Network, seed: int = 0) -> Network:
         raise ValueError(f"{network.label} is no network: it has no untrained twin")
     identity = f"untrained {shape} seed {seed}"
     if isinstance(shape, NamedShape):
-        model = _random_vit(shape.build, seed)
+        named = shape
+        model = _random_vit(lambda: as_network(named.build(), named.name), seed)
     else:
         vit_shape = shape
         model = _random_vit(lambda: build_vit(vit_shape, weight_init=""), seed)
@@ -161,6 +163,26 @@ def _random_by_name(name: str, seed: int) -> Network:
     return Network(model, "untrained", identity, {"checkpoint": identity})
 
 
+def _published(checkpoint: str, weights: str | Path | None) -> Network:
+    name = checkpoint.removeprefix("timm:")
+    if not weights:
+        raise ValueError(
+            f"checkpoint={checkpoint} needs weights=FILE, a local file with its weights: nothing is "
+            "downloaded"
+        )
+    model, report, shape, about = published_network(name, weights)
+    digest = file_digest(report.path)
+    record = {
+        "checkpoint": checkpoint,
+        "weights": str(report.path),
+        "sha256": digest,
+        "architecture": name,
+        "load_report": str(report),
+    }
+    statistics = channel_statistics(about)
+    return Network(model, name, f"timm {name} sha256 {digest}", record, shape, statistics)
+
+
 def load_network(
     checkpoint: str | Path | None,
     *,
@@ -169,17 +191,20 @@ def load_network(
     num_heads: int | None = None,
     seed: int = 0,
     head: bool = False,
+    weights: str | Path | None = None,
 ) -> Network:
     """The network that ``checkpoint`` names.
 
     Args:
         checkpoint: path of any weight file that ``checkpoints.load_backbone`` reads;
-            ``random:NAME`` for timm's untrained ViT of that name; ``pixels`` for raw pixels.
+            ``random:NAME`` for timm's untrained ViT of that name; ``timm:NAME`` for timm's network with
+            the ``weights`` of a local file; ``pixels`` for raw pixels.
         which: ``teacher`` or ``student``.
         model_name: see ``load_backbone``.
         num_heads: see ``load_backbone``.
         seed: of the random weights.
         head: whether to load the projection head and the centre too, which a file must have then.
+        weights: the file of ``timm:NAME``; nothing is downloaded.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -191,12 +216,17 @@ def load_network(
     """
     if not checkpoint:
         raise ValueError(
-            f"checkpoint={checkpoint!r} must be set: a weight file, random:TIMM_NAME or pixels"
+            f"checkpoint={checkpoint!r} must be set: a weight file, random:TIMM_NAME, "
+            "timm:TIMM_NAME or pixels"
         )
     checkpoint = str(checkpoint)
     if which not in ("teacher", "student"):
         raise ValueError(f"which={which!r} must be teacher or student")
-    if head and (checkpoint == "pixels" or checkpoint.startswith("random:")):
+    if weights and not checkpoint.startswith("timm:"):
+        raise ValueError(
+            f"weights={weights} is the file of checkpoint=timm:NAME, not of {checkpoint}"
+        )
+    if head and (checkpoint == "pixels" or checkpoint.startswith(("random:", "timm:"))):
         raise ValueError(
             f"checkpoint={checkpoint} has no prototypes: name a checkpoint with a head"
         )
@@ -204,6 +234,8 @@ def load_network(
         return _pixels(_PIXEL_SIZE)
     if checkpoint.startswith("random:"):
         return _random_by_name(random_name(checkpoint), seed)
+    if checkpoint.startswith("timm:"):
+        return _published(checkpoint, weights)
     file = resolve_file(checkpoint)
     stored = read_weights(file, which)
     model, report, shape = network_from(stored, model_name=model_name, num_heads=num_heads)

@@ -49,9 +49,12 @@ class NetworkSource(Settings):
         Path,
         Doc(
             "training .ckpt, official .pth, .safetensors or exported folder; random:TIMM_NAME "
-            "(untrained) or pixels where a baseline makes sense"
+            "(untrained), timm:TIMM_NAME (with weights) or pixels where no head is needed"
         ),
     ]
+    weights: Annotated[
+        Path | None, Doc("local file with the weights of timm:TIMM_NAME; nothing is downloaded")
+    ] = None
     which: Annotated[
         Literal["teacher", "student"], Doc("of its two networks; the papers evaluate the teacher")
     ] = "teacher"

@@ -192,6 +192,11 @@ def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
 
 def _settings(config: Mapping[str, Any]) -> FinetuneRun:
     run = read(FinetuneRun, config)
+    if run.weights or run.checkpoint.startswith("timm:"):
+        raise ValueError(
+            f"checkpoint={run.checkpoint} with weights={run.weights}: fine-tuning takes a weight file or "
+            "random:TIMM_NAME; name the file of a plain ViT as checkpoint"
+        )
     if run.checkpoint.startswith("random:"):
         random_name(run.checkpoint)
     else:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from dinovmf_plugin.core.vit import forward_tokens, is_vit
+from dinovmf_plugin.core.vit import forward_tokens, has_tokens
 from dinovmf_plugin.data.channels import IMAGENET, Statistics
 from dinovmf_plugin.evaluation.retrieval.dataset import Box, read_image
 from dinovmf_plugin.runs.files import write_file
@@ -61,7 +61,7 @@ def global_descriptor(vit: nn.Module, images: Tensor, scales: Sequence[float] = 
             if scale == 1
             else F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
         )
-        token = forward_tokens(vit, resized)[:, 0] if is_vit(vit) else vit(resized)
+        token = forward_tokens(vit, resized)[:, 0] if has_tokens(vit) else vit(resized)
         total = token if total is None else total + token
     if total is None:
         raise ValueError("scales is empty: give at least one factor, such as 1.0")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinovmf_plugin.core.vit import is_vit
+from dinovmf_plugin.core.vit import has_tokens
 from dinovmf_plugin.evaluation.retrieval.dataset import RetrievalSet, load_retrieval_set
 from dinovmf_plugin.evaluation.retrieval.descriptors import (
     ExtractionReport,
@@ -81,6 +81,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     network = load_network(
         settings.checkpoint,
         which=settings.which,
+        weights=settings.weights,
         model_name=settings.model_name,
         num_heads=settings.num_heads,
         seed=settings.seed,
@@ -108,7 +109,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
             ("database", data.database, None),
         )
     }
-    patch_size = tuple(model.patch_embed.patch_size) if is_vit(model) else (1, 1)
+    patch_size = tuple(model.patch_embed.patch_size) if has_tokens(model) else (1, 1)
     for pictures in files.values():
         pictures.check_sizes(min(settings.scales), patch_size)
     folder = open_run_folder(settings.output_dir, bound)

@@ -218,6 +218,7 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
     network = load_network(
         settings.checkpoint,
         which=settings.which,
+        weights=settings.weights,
         model_name=settings.model_name,
         num_heads=settings.num_heads,
         seed=settings.seed,
