@@ -4,6 +4,7 @@
 ``pretrain``, ``knn`` ...  the plugin's scripts (``scripts/``), by their short names
 ``import``, ``export``     weights in and out (``checkpoints.cli``)
 ``recipes [WORD]``         the recipes there are
+``keys``                   every key of every verb, as Markdown
 ``doctor``                 what this machine has and lacks
 ``path/to/main_knn.py``    a script of solo-learn, with the plugin's methods registered
 =========================  =============================================================
@@ -11,38 +12,11 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import runpy
 import sys
 from pathlib import Path
 
 from dinovmf_plugin.runs.cli import one_clear_message
-
-#: verb -> script, where they differ
-_VERBS = {
-    "pretrain": "main_pretrain",
-    "knn": "main_knn",
-    "linear": "main_linear",
-    "video": "video_segmentation",
-}
-
-
-def _verbs() -> dict[str, str]:
-    """Verb -> script, every script's own name included."""
-    folder = importlib.resources.files("dinovmf_plugin.scripts")
-    names = [entry.name[:-3] for entry in folder.iterdir() if entry.name.endswith(".py")]
-    return {**_VERBS, **{name: name for name in sorted(names) if name != "__init__"}}
-
-
-def _usage() -> str:
-    verbs = _verbs()
-    short = sorted({*_VERBS, *(v for v in verbs if v not in _VERBS.values())})
-    return (
-        "usage: dinovmf VERB [ARGS]\n"
-        f"  verbs: {', '.join(short)}, import, export, recipes, doctor\n"
-        "  or the path of one of solo-learn's scripts, e.g. path/to/solo-learn/main_knn.py\n"
-        "  dinovmf VERB --help tells what the verb takes"
-    )
 
 
 def _recipes(words: list[str]) -> int:
@@ -102,9 +76,11 @@ def _to_cpu(method):  # type: ignore[no-untyped-def]
 @one_clear_message
 def main(argv: list[str] | None = None) -> int:
     """Dispatch; returns the exit status."""
+    from dinovmf_plugin.commands import key_reference, usage, verb_help, verbs
+
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
+        print(usage())
         return 0 if argv else 2
     verb, rest = argv[0], argv[1:]
     if verb in ("import", "export"):
@@ -115,15 +91,22 @@ def main(argv: list[str] | None = None) -> int:
         return _recipes(rest)
     if verb == "doctor":
         return _doctor()
-    script = _verbs().get(verb)
+    if verb == "keys":
+        print(key_reference(), end="")
+        return 0
+    script = verbs().get(verb)
     if script is not None:
+        told = verb_help(verb) if {"-h", "--help"} & set(rest) else None
+        if told is not None:
+            print(told)
+            return 0
         sys.argv = [verb, *rest]
         # as __main__: Lightning starts further processes (devices=2) by the name of the main module
         runpy.run_module(f"dinovmf_plugin.scripts.{script}", run_name="__main__", alter_sys=True)
         return 0
     path = Path(verb)
     if not path.is_file():
-        raise FileNotFoundError(f"{verb!r} is neither a verb nor a file\n{_usage()}")
+        raise FileNotFoundError(f"{verb!r} is neither a verb nor a file\n{usage()}")
     _prepare_for_host_script()
     sys.argv = [str(path), *rest]
     sys.path.insert(0, str(path.resolve().parent))

@@ -56,3 +56,14 @@ def test_doctor__tells_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
 def test_report__optional_parts_are_no_failure():
     lines = report([Finding("wandb", None, "missing, needed for x", "pip install wandb")])
     assert lines == "-        wandb  missing, needed for x: pip install wandb"
+
+
+def test_help_of_a_verb__lists_its_keys(capsys):
+    assert main(["knn", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "knn.temperature=0.07  (a number above 0)" in told
+    assert "checkpoint=REQUIRED" in told
+    assert main(["pretrain", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "optimizer.lr=" in told
+    assert "method=ibot_vmf" in told

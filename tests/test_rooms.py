@@ -15,8 +15,9 @@ FLOORS = (
     ("features",),
     ("registry", "analysis", "evaluation"),
     ("pretraining", "recipes", "doctor", "__init__"),
-    ("comparison", "demo", "benchmarks", "hydra_plugins", "__main__"),
-    ("scripts",),
+    ("comparison", "demo", "benchmarks", "hydra_plugins"),
+    ("scripts", "commands"),
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 FOREIGN = {

@@ -32,6 +32,9 @@ def one_clear_message(function: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt:
             print("\ninterrupted: what was finished before is on disk", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except Exception as error:
             if is_expected(error):
                 print(f"error: {error}", file=sys.stderr)

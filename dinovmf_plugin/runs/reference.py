@@ -11,7 +11,7 @@ from typing import Any
 from dinovmf_plugin.runs.bounds import in_words
 from dinovmf_plugin.runs.settings import Settings, plain, settings_of
 
-__all__ = ["Key", "default_values", "keys_of", "markdown_table"]
+__all__ = ["Key", "default_values", "keys_of", "markdown_table", "text_table"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +93,20 @@ def markdown_table(keys: list[Key]) -> str:
         default = "required" if key.required else f"`{json.dumps(key.default)}`"
         rows.append(f"| `{key.name}` | {_cell(key.takes)} | {default} | {_cell(key.help)} |")
     return "\n".join(rows)
+
+
+def text_table(keys: list[Key]) -> str:
+    """The keys for a terminal: a line for what a key takes and its default, one for its help.
+
+    Example:
+        >>> print(text_table([Key("knn.k", "a whole number of at least 1", 10, False, "neighbors")]))
+        knn.k=10  (a whole number of at least 1)
+            neighbors
+    """
+    lines = []
+    for key in keys:
+        default = "REQUIRED" if key.required else json.dumps(key.default, ensure_ascii=False)
+        lines.append(f"{key.name}={default}  ({key.takes})")
+        if key.help:
+            lines.append(f"    {key.help}")
+    return "\n".join(lines)
