@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dinovmf_plugin.host.backbones import EXTRA_BACKBONES, standing_in_release
 from dinovmf_plugin.host.knn import check_distance, repair_knn
+from dinovmf_plugin.host.lars import LARS
 
 __all__ = ["BACKBONES", "BaseMomentumMethod", "HostCheckpointer", "build_host_method"]
 
@@ -119,6 +120,7 @@ class BaseMomentumMethod(_BaseMomentumMethod):
         "sgd": torch.optim.SGD,
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
+        "lars": LARS,
     }
 
     def __init__(self, cfg: DictConfig) -> None:

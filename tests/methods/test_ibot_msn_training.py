@@ -16,7 +16,7 @@ METHODS = ["ibot", "ibot_vmf", "msn", "msn_vmf"]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = [
     f"{folder}/{path.stem}"
-    for folder in ("imagenet", "imagenet100", "custom")
+    for folder in ("imagenet", "imagenet-100", "custom")
     for path in sorted((CONFIGS / folder).glob("*.yaml"))
     if path.stem.startswith(("ibot", "msn"))
 ]

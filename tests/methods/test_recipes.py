@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from dinovmf_plugin.training.config import parse_cfg
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-FOLDERS = ("imagenet", "imagenet100", "custom")
+FOLDERS = ("imagenet", "imagenet-100", "custom")
 RECIPES = sorted(f"{f}/{p.stem}" for f in FOLDERS for p in (CONFIGS / f).glob("*.yaml"))
 
 
