@@ -129,6 +129,8 @@ def _try_crops(model: Any, cfg: DictConfig) -> None:
     """A crop of every size through the network, alone: what it refuses is told before training."""
     if cfg.get("augmentations") is None:  # not a whole recipe: its crops come from elsewhere
         return
+    if any(parameter.is_meta for parameter in model.parameters()):  # shapes alone, nothing to try
+        return
     recipe = parse_recipe(cfg.augmentations, dataset=cfg.data.dataset)
     modes = {module: module.training for module in model.modules()}
     model.eval()  # moves no statistics and draws no random number
