@@ -147,6 +147,6 @@ def test_failed_process__tells_its_last_words_and_ends_the_others(tmp_path):
 def test_unknown_method__named_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"methods=\['dinosaur'\] must be a list of .*dino_vmf"):
         run_demo(_settings(tmp_path / "demo", methods="[dinosaur]"))
-    with pytest.raises(ValueError, match="processes=0 must be at least 1"):
+    with pytest.raises(ValueError, match="processes=0 must be a whole number of at least 1"):
         run_demo(_settings(tmp_path / "demo", processes=0))
     assert not (tmp_path / "demo").exists()
