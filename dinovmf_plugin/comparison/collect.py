@@ -71,7 +71,8 @@ def _ordered(groups: Sequence[Group], kind: str) -> list[Group]:
         return list(groups)
     order = list(paper_ablation())
     return sorted(
-        groups, key=lambda g: order.index(g.switches) if g.switches in order else len(order)
+        groups,
+        key=lambda g: (order.index(g.switches) if g.switches in order else len(order), g.spread),
     )
 
 
@@ -87,7 +88,12 @@ def _tables(groups: Sequence[Group], kind: str, headline: str) -> list[tuple[str
     others = [metric for metric in metrics if not metric.startswith("knn_")]
     found: list[tuple[str, Table]] = []
     if kind == "ablation":
-        found.append((f"{metric_name(headline)}, top-1 (%)", ablation_table(groups, headline)))
+        spreads = sorted({group.spread for group in groups})
+        for spread in spreads:
+            title = f"{metric_name(headline)}, top-1 (%)"
+            title += f", prototype_spread={spread:g}" if len(spreads) > 1 else ""
+            mine = [group for group in groups if group.spread == spread]
+            found.append((title, ablation_table(mine, headline)))
         if others:
             found.append(("Linear and few-shot", comparison_table(groups, others)))
     else:

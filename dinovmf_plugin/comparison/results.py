@@ -92,6 +92,19 @@ class Group:
         """Normalisation and centring of the first run."""
         return str(self.runs[0]["normalization"]), str(self.runs[0]["centering"])
 
+    @property
+    def spread(self) -> float:
+        """Weight of KoLeo-proto (``prototype_spread``) of the first run."""
+        kwargs = self.runs[0]["recipe"].get("method_kwargs") or {}
+        return float(kwargs.get("prototype_spread") or 0.0)
+
+    @property
+    def unique_prototypes(self) -> list[int]:
+        """Of every run that trained: prototypes without near-copies (see ``utilization_table``)."""
+        found = [run["prototypes"] for run in self.whole if run["prototypes"]]
+        at = [p["utilization"]["greedy"][str(p["void_set"]["threshold"])] for p in found]
+        return [int(sweep["unique"]) for sweep in at]
+
 
 def group_runs(results: Sequence[dict[str, Any]]) -> list[Group]:
     """Groups by candidate and learning rate, in the order of first appearance."""
@@ -113,12 +126,16 @@ def short_labels(labels: Sequence[str]) -> dict[str, str]:
         {'dino_vmf': 'dino_vmf', 'ibot teacher_patch_temperature=0.04': 'ibot'}
         >>> list(short_labels([f"ibot normalization={n}, centering=logit" for n in ("none", "vmf")]).values())
         ['none + logit', 'vmf + logit']
+        >>> label = "ibot normalization=vmf, centering=logit, prototype_spread={}"
+        >>> list(short_labels([label.format(weight) for weight in (0.0, 0.1)]).values())
+        ['vmf + logit + spread 0.0', 'vmf + logit + spread 0.1']
     """
     methods = [label.partition(" ")[0] for label in labels]
     short = {}
     for label, method in zip(labels, methods, strict=True):
         rest = label.partition(" ")[2]
         switches = rest.removeprefix("normalization=").replace(", centering=", " + ")
+        switches = switches.replace(", prototype_spread=", " + spread ")
         if methods.count(method) == 1:
             short[label] = method
         elif len(set(methods)) == 1 and "=" not in switches and " + " in switches:

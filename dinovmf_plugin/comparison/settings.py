@@ -19,13 +19,23 @@ from dinovmf_plugin.evaluation.protocols import PROTOCOLS, Evaluations, evaluati
 from dinovmf_plugin.evaluation.settings import BASELINES
 from dinovmf_plugin.recipes import Candidate, compose_recipe
 from dinovmf_plugin.runs import bounds
-from dinovmf_plugin.runs.bounds import AtLeastOne, Count, Fraction, OneOf, Positive, Seed, Whole
+from dinovmf_plugin.runs.bounds import (
+    AtLeastOne,
+    Count,
+    Fraction,
+    OneOf,
+    Positive,
+    Seed,
+    Weight,
+    Whole,
+)
 from dinovmf_plugin.runs.settings import Doc, Settings, read
 
 __all__ = ["ComparisonSettings", "RunSettings", "comparison_from"]
 
 _BY_RUN = ("checkpoint", "output_dir", "evaluations", "baselines", "cache_dir", "progress")
 _SWEPT = ("normalization", "centering")
+_SPREAD = "prototype_spread"  # swept too where spreads are given
 
 DemoName = Annotated[
     str, OneOf(demo_data.DATASETS), Doc("pictures installed by pip, never downloaded here")
@@ -212,6 +222,10 @@ class AblationSettings(ComparisonSettings):
         "logit",
         "probability",
     )
+    spreads: Annotated[
+        Sequence[Weight] | None,
+        Doc("third axis: weights of KoLeo-proto (prototype_spread); null: the recipe's"),
+    ] = None
     base_method: Annotated[
         Annotated[str, OneOf(registry.method_classes)] | None,
         Doc("the method whose two switches are turned; null: the recipe's"),
@@ -221,7 +235,9 @@ class AblationSettings(ComparisonSettings):
     ] = field(default_factory=dict)
 
     def _own(self) -> dict[str, Any]:
-        return {key: value for key, value in self.method_kwargs.items() if key not in _SWEPT}
+        own_spread = self.spreads is None and self.method_kwargs.get(_SPREAD) is not None
+        swept = _SWEPT if own_spread else (*_SWEPT, _SPREAD)
+        return {key: value for key, value in self.method_kwargs.items() if key not in swept}
 
     def fixed(self) -> dict[str, Any]:
         """Other method_kwargs than those that the ablation sweeps."""
@@ -229,10 +245,16 @@ class AblationSettings(ComparisonSettings):
 
     def runs(self) -> list[RunSettings]:
         """Every cell with every seed."""
-        cells = product(self.normalizations, self.centerings)
+        spreads: list[dict[str, float]] = (
+            [{}] if self.spreads is None else [{_SPREAD: weight} for weight in self.spreads]
+        )
         candidates = [
-            Candidate(self.base_method, None, {**self._own(), "normalization": n, "centering": c})
-            for n, c in cells
+            Candidate(
+                self.base_method,
+                None,
+                {**self._own(), "normalization": n, "centering": c, **spread},
+            )
+            for n, c, spread in product(self.normalizations, self.centerings, spreads)
         ]
         return [RunSettings(self, c, seed) for c, seed in product(candidates, self.seeds)]
 
@@ -241,7 +263,8 @@ class AblationSettings(ComparisonSettings):
         for key in _SWEPT:
             if self.method_kwargs.get(key) is None:
                 raise ValueError(f"method_kwargs.{key}=null must be set, or swept by hydra")
-        candidate = Candidate(self.base_method, None, dict(self.method_kwargs))
+        given = {k: v for k, v in self.method_kwargs.items() if k != _SPREAD or v is not None}
+        candidate = Candidate(self.base_method, None, given)
         return RunSettings(self, candidate, self._swept_seed())
 
 

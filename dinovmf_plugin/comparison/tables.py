@@ -73,12 +73,20 @@ def ablation_table(groups: Sequence[Group], metric: str) -> Table:
 
 
 def comparison_table(groups: Sequence[Group], metrics: Sequence[str]) -> Table:
-    """One row per group, one column per metric, and the number of seeds."""
+    """One row per group, one column per metric, unique prototypes, and the number of seeds."""
+    counts = [group.unique_prototypes for group in groups]
+    counted = any(counts)  # not where nothing has prototypes
     rows = [
-        [group.name, *[_cell(group, metric) for metric in metrics], str(len(group.runs))]
-        for group in groups
+        [
+            group.name,
+            *[_cell(group, metric) for metric in metrics],
+            *([with_spread(unique, 0)] if counted else []),
+            str(len(group.runs)),
+        ]
+        for group, unique in zip(groups, counts, strict=True)
     ]
-    return Table(["", *map(metric_name, metrics), "seeds"], rows)
+    unique_header = ["unique prototypes"] if counted else []
+    return Table(["", *map(metric_name, metrics), *unique_header, "seeds"], rows)
 
 
 def paper_table(groups: Sequence[Group], architecture: str = "vit_small/16") -> Table | None:

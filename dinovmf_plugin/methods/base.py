@@ -192,7 +192,7 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         raise TypeError(f"{type(self).__name__} does not define distillation_loss")
 
     def prototype_spread_loss(self) -> Tensor | float:
-        """Weighted KoLeo-style spread of the prototypes (``method_kwargs.prototype_spread``)."""
+        """KoLeo-proto of arXiv 2410.14060 ("(kp)"), times ``method_kwargs.prototype_spread``."""
         weight = self.settings.prototype_spread
         if not weight:
             return 0.0

@@ -131,7 +131,9 @@ class MethodSettings(Settings):
         Annotated[float, Ge(0), Le(100)] | None,
         Doc("end of a cosine from optimizer.weight_decay; null: constant"),
     ] = None
-    prototype_spread: Annotated[Weight, Doc("weight of a loss that pushes prototypes apart")] = 0.0
+    prototype_spread: Annotated[
+        Weight, Doc("weight of KoLeo-proto (arXiv 2410.14060), which pushes prototypes apart")
+    ] = 0.0
     # starting point
     init_from: Annotated[
         Path | None,

@@ -81,6 +81,7 @@ def _result(
     lr: float | None = None,
     outcome: str = "trains",
     switches: tuple[str, str] = ("none", "logit"),
+    spread: float = 0.0,
 ) -> dict[str, Any]:
     method, _, _ = label.partition(" ")
     metrics = {} if knn is None else {"knn_k10": knn, "knn_k20": knn - 1, "linear_cls": knn + 2}
@@ -113,7 +114,7 @@ def _result(
         "recipe": {
             "backbone": {"name": "vit_nano"},
             "max_epochs": 2,
-            "method_kwargs": {"num_prototypes": 64},
+            "method_kwargs": {"num_prototypes": 64, "prototype_spread": spread},
             "data": {"train_path": "photos/train"},
         },
     }

@@ -46,6 +46,7 @@ def test_sweeps_are_those_of_the_paper(configs: dict[str, DictConfig]) -> None:
     assert configs["ablation"].hydra.sweeper.params == {
         "method_kwargs.normalization": "'none','l2','vmf'",
         "method_kwargs.centering": "'logit','probability'",
+        "method_kwargs.prototype_spread": "null",
         "seed": "0,1,2",
     }
     params = configs["compare"].hydra.sweeper.params
@@ -216,3 +217,14 @@ def test_compose_recipe__a_method_brings_its_own_cell(recipe, method, cell):
     found = compose_recipe(recipe, Candidate(method), seed=0)
     assert found.method == method
     assert (found.method_kwargs.normalization, found.method_kwargs.centering) == cell
+
+
+def test_ablation__spreads_are_a_third_axis(plain: Any) -> None:
+    cells = {"normalizations": ["vmf"], "centerings": ["probability"], "seeds": [7]}
+    runs = planned_runs(plain("ablation", spreads=[0.0, 0.1], **cells), "ablation")
+    assert [run.candidate.settings["prototype_spread"] for run in runs] == [0.0, 0.1]
+    assert runs[1].recipe().method_kwargs.prototype_spread == 0.1
+    (alone,) = planned_runs(plain("ablation", **cells), "ablation")
+    assert "prototype_spread" not in alone.candidate.settings
+    with pytest.raises(ValueError, match="spreads"):
+        planned_runs(plain("ablation", spreads=[-1.0], **cells), "ablation")

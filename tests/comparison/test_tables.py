@@ -16,7 +16,7 @@ from dinovmf_plugin.comparison import collect as collecting
 from dinovmf_plugin.comparison.collect import collect
 from dinovmf_plugin.comparison.results import group_runs, read_results
 from dinovmf_plugin.comparison.statistics import describe_difference, mean_and_std
-from dinovmf_plugin.comparison.tables import breaking_points
+from dinovmf_plugin.comparison.tables import breaking_points, comparison_table
 
 ACCURACY = {
     ("none", "logit"): [70.0, 71.0, 72.0],
@@ -148,8 +148,8 @@ def test_comparison_table_and_the_papers_numbers(write_results: Any, no_charts: 
     root = write_results(*runs)
     collect(root)
     text = _unpadded(root / "compare.md")
-    assert "|  | kNN, k = 10 | linear [C] | seeds |" in text
-    assert "| dino_vmf | 75.5 ± 0.7 | 77.5 ± 0.7 | 2 |" in text
+    assert "|  | kNN, k = 10 | linear [C] | unique prototypes | seeds |" in text
+    assert "| dino_vmf | 75.5 ± 0.7 | 77.5 ± 0.7 | 50 ± 1 | 2 |" in text
     assert "| DINO-vMF | 74.74 | 76.19 | 76.97 | 39.2 | 49.4 | 59.1 | 65 |" in text
     assert "not on this data" in text
     # unique prototypes 50 and 51, one of two runs with a void set
@@ -209,3 +209,30 @@ def test_stability_names_where_each_breaks(write_results: Any) -> None:
     )
     assert "| dino_vmf | 72.0 ± 0.0 | – | 73.0 ± 0.0 |" in text
     assert "the loss became nan at step 3" in (root / "compare.html").read_text()
+
+
+def test_ablation__third_axis__one_table_per_weight(write_results: Any, no_charts: None) -> None:
+    label = "dino_multicrop normalization=vmf, centering=probability, prototype_spread={}"
+    switches = {"switches": ("vmf", "probability")}
+    runs = [
+        (label.format(weight), seed, knn + seed, {**switches, "spread": weight})
+        for weight, knn in ((0.0, 60.0), (0.1, 70.0))
+        for seed in (0, 1)
+    ]
+    root = write_results(*runs, kind="ablation")
+    collect(root)
+    text = _unpadded(root / "ablation.md")
+    assert "kNN, k = 10, top-1 (%), prototype_spread=0**" in text
+    assert "kNN, k = 10, top-1 (%), prototype_spread=0.1**" in text
+    first, second = (text.split(f"prototype_spread={w}**")[1].split("**")[0] for w in ("0", "0.1"))
+    assert "60.5 ± 0.7" in first
+    assert "70.5 ± 0.7" in second
+    assert "vmf + probability + spread 0.1" in text
+
+
+def test_comparison_table__unique_prototypes_are_a_column(write_results: Any) -> None:
+    root = write_results(("dino_vmf", 0, 70.0), ("dino_vmf", 1, 71.0), ("msn", 0, 50.0))
+    table = comparison_table(group_runs(read_results(root)), ["knn_k10"])
+    assert table.header == ["", "kNN, k = 10", "unique prototypes", "seeds"]
+    # written in conftest: 50 plus the seed
+    assert [row[2] for row in table.rows] == ["50 ± 1", "50"]
