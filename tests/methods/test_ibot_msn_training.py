@@ -56,7 +56,8 @@ def test_recipe__composes_and_holds_the_published_values(recipe):
     folder, name = recipe.split("/")
     family, size = name.split("_")[0], "b" if "vitb" in name else "s"
     kwargs, published = cfg.method_kwargs, folder == "imagenet"
-    assert cfg.method == name.removesuffix("_vits16").removesuffix("_vitb16")
+    assert cfg.method == name.removesuffix("_vits16").removesuffix("_vitb16").removesuffix("_kp")
+    assert kwargs.prototype_spread == (0.1 if "_kp" in name else 0)
     assert cfg.backbone.name == {"s": "vit_small", "b": "vit_base"}[size]
     assert sum(a.num_crops for a in cfg.augmentations) == 12
     assert sum(a.num_crops for a in cfg.augmentations if a.crop_size == 224) == 2
