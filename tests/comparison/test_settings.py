@@ -53,7 +53,7 @@ def test_sweeps_are_those_of_the_paper(configs: dict[str, DictConfig]) -> None:
     patches = "teacher_patch_temperature=0.04,warmup_teacher_patch_temperature=0.04"
     assert params.candidate == (
         f"'dino_multicrop','dino_vmf','ibot:{patches}','ibot_vmf:{patches}',"
-        "'msn:teacher_temperature=0.025'"
+        "'msn:teacher_temperature=0.025','msn_vmf:teacher_temperature=0.025'"
     )
     assert (params.lr, params.seed) == ("null", "0,1,2")
 
