@@ -386,15 +386,15 @@ def infer_shape(
     )
 
 
-def build_vit(shape: ViTShape, weight_init: str = "skip") -> VisionTransformer:
+def build_vit(shape: ViTShape, weight_init: str = "skip", **further: Any) -> VisionTransformer:
     """An untrained timm ViT of this shape without classifier; LayerNorm epsilon 1e-6 as official.
 
-    ``weight_init=""`` draws timm's initial weights.
+    ``weight_init=""`` draws timm's initial weights; ``further`` arguments are timm's, such as a classifier.
     """
-    arguments: dict[str, Any] = {**shape.model_args, "weight_init": weight_init}
+    arguments = {"num_classes": 0, "weight_init": weight_init, **shape.model_args, **further}
     if shape.swiglu:
         arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
-    return VisionTransformer(num_classes=0, **arguments)
+    return VisionTransformer(**arguments)
 
 
 def resize_position_embedding(vit: nn.Module, img_size: tuple[int, int]) -> Tensor:

@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional as F
 
 from dinovmf_plugin.checkpoints import load_backbone
+from dinovmf_plugin.checkpoints.layouts import read_weights
 from dinovmf_plugin.checkpoints.transfer import export_weights, import_weights
 from dinovmf_plugin.core.vit import forward_tokens
+from dinovmf_plugin.evaluation.finetuning.trainer import build_classifier
 from dinovmf_plugin.features.extraction import FeatureSpec, backbone_features
 
 DIM, HEADS, DEPTH, PATCH, GRID, HIDDEN = 192, 3, 2, 8, 4, 96
@@ -151,3 +153,16 @@ def test_training_checkpoint_of_dinov2__teacher_with_its_head(tmp_path):
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(forward_tokens(vit, images), original(w, images), **TOLERANCE)
     assert (report.source, report.which) == ("dinov2", "teacher")
+
+
+@torch.no_grad()
+def test_gated_network_with_registers__fine_tuning_starts_from_it(tmp_path):
+    w = weights(4, True, False)
+    path = tmp_path / "dinov2.pth"
+    torch.save(w, path)
+    options = {"img_size": 32, "drop_path": 0.0, "init_scale": 1.0}
+    model = build_classifier(read_weights(path), 7, **options).eval()
+    images = torch.randn(2, 3, 32, 32)
+    wanted = original(w, images)
+    torch.testing.assert_close(model.forward_features(images), wanted, **TOLERANCE)
+    assert model(images).shape == (2, 7)

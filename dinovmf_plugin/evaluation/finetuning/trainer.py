@@ -19,7 +19,6 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.models import VisionTransformer
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from dinovmf_plugin.checkpoints.architecture import build_vit
 from dinovmf_plugin.checkpoints.layouts import StoredWeights
 from dinovmf_plugin.checkpoints.loading import backbone_from
 from dinovmf_plugin.core.distributed import Processes
@@ -80,9 +80,7 @@ def build_classifier(
             vit, _, shape = backbone_from(
                 source, model_name=model_name, num_heads=num_heads, img_size=img_size
             )
-            model = VisionTransformer(
-                num_classes=num_classes, drop_path_rate=drop_path, **shape.model_args
-            )
+            model = build_vit(shape, "", num_classes=num_classes, drop_path_rate=drop_path)
             model.load_state_dict(vit.state_dict() | _head_of(model))
     model.head.weight.data.mul_(init_scale)
     model.head.bias.data.mul_(init_scale)
