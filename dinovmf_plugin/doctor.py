@@ -17,6 +17,8 @@ _OPTIONAL = {
     "pyarrow": ("table=parquet", 'pip install "dinovmf-plugin[analysis]"'),
     "onnxruntime": ("export --onnx", 'pip install "dinovmf-plugin[export]"'),
     "wandb": ("wandb.enabled=True", "pip install wandb"),
+    "umap": ("auto_umap.enabled=True", 'pip install "dinovmf-plugin[umap]"'),
+    "h5py": ("data.format=h5", 'pip install "dinovmf-plugin[h5]"'),
 }
 
 

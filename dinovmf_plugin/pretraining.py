@@ -40,6 +40,7 @@ from dinovmf_plugin.training.peers import PeerWatch
 from dinovmf_plugin.training.progress import LossProgressBar
 from dinovmf_plugin.training.resuming import check_content, check_tensors
 from dinovmf_plugin.training.stored_config import StoredConfig
+from dinovmf_plugin.training.umap import umap_callbacks
 
 __all__ = ["LoaderWorkerError", "PretrainDataModule", "build_method", "build_trainer", "pretrain"]
 
@@ -293,7 +294,7 @@ def _pretrain(cfg: DictConfig, callbacks: Sequence[Callback]) -> Path | None:
         _check_resumable(resume, cfg, model)
     if not cfg.performance.disable_channel_last and not cfg.backbone.name.startswith("vit_"):
         model = model.to(memory_format=torch.channels_last)  # convolutions follow their weights
-    trainer = build_trainer(cfg, callbacks, stored_run_ids(folder))
+    trainer = build_trainer(cfg, [*callbacks, *umap_callbacks(cfg)], stored_run_ids(folder))
     if cfg.debug_augmentations:
         for number, crop in enumerate(parse_recipe(cfg.augmentations, dataset=cfg.data.dataset), 1):
             print(f"crop {number}: {crop}")

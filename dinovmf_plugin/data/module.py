@@ -20,6 +20,7 @@ from dinovmf_plugin.data.folders import (
     relabel,
     take_fraction,
 )
+from dinovmf_plugin.data.h5 import H5Source, h5_classes
 from dinovmf_plugin.data.loaders import FolderSource, ImageSource, PretrainLoader
 from dinovmf_plugin.data.recipe import Recipe, parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
@@ -27,7 +28,8 @@ from dinovmf_plugin.data.unreadable import find_unreadable, refuse_or_drop
 
 FOLDER_DATASETS = ("imagenet", "imagenet100", "custom")
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10")
-FORMATS = ("image_folder", "dali")
+FORMATS = ("image_folder", "dali")  # of folders
+H5 = "h5"
 
 _log = logging.getLogger(__name__)
 
@@ -156,6 +158,34 @@ def training_images(cfg: Mapping[str, Any], *, world_size: int = 1) -> ImageFold
     return _readable(cfg, images, "data.train_path", world_size)
 
 
+def _h5_source(
+    cfg: Mapping[str, Any],
+    key: str,
+    rank: int = 0,
+    world_size: int = 1,
+    fraction: float | None = None,
+) -> H5Source:
+    """The images of an HDF5 file, labelled by the training file's classes."""
+    path = _get(cfg, key)
+    if path is None:
+        raise ValueError(f"{key} is missing: the HDF5 file of the training images")
+    if _get(cfg, "data.no_labels", False):
+        raise ValueError(
+            "data.no_labels=True is for folders: the groups of an HDF5 file are classes"
+        )
+    dataset = _get(cfg, "data.dataset")
+    classes = h5_classes(_get(cfg, "data.train_path"))
+    expected = {"imagenet": 1000, "imagenet100": 100}.get(str(dataset), len(classes))
+    if len(classes) != expected:
+        raise ValueError(
+            f"data.train_path={_get(cfg, 'data.train_path')}: the file has {len(classes)} classes, and "
+            f"data.dataset={dataset} has {expected}: set data.dataset=custom to train on those of the file"
+        )
+    return H5Source(
+        path, classes=classes, rank=rank, world_size=world_size, fraction=fraction, key=key
+    )
+
+
 def pretrain_loader(
     cfg: Mapping[str, Any],
     *,
@@ -168,7 +198,7 @@ def pretrain_loader(
 
     Args:
         cfg: the run's config (plain containers or OmegaConf): ``data.dataset``, ``data.format``
-            (``image_folder`` or ``dali``), ``dali.device`` (``cpu`` or ``gpu``),
+            (``image_folder``, ``dali`` or ``h5``), ``dali.device`` (``cpu`` or ``gpu``),
             ``optimizer.batch_size``, ``augmentations``, ``seed`` and the keys of
             :func:`training_images`. ``dali.encode_indexes_into_labels`` needs no reading: indexes
             are always the true ones.
@@ -187,7 +217,7 @@ def pretrain_loader(
         one sentence.
     """
     dataset = _choice(cfg, "data.dataset", FOLDER_DATASETS + TORCHVISION_DATASETS)
-    data_format = _choice(cfg, "data.format", FORMATS, "image_folder")
+    data_format = _choice(cfg, "data.format", (*FORMATS, H5), "image_folder")
     recipe = parse_recipe(_get(cfg, "augmentations", ()), dataset=dataset)
     batch_size = _get(cfg, "optimizer.batch_size")
     if batch_size is None:
@@ -199,9 +229,10 @@ def pretrain_loader(
         return EpochPlan(num_samples, int(batch_size), seed, rank, world_size)
 
     if dataset in TORCHVISION_DATASETS:
-        if data_format == "dali":
+        if data_format != "image_folder":
             raise ValueError(
-                f"data.format=dali reads image folders only, set data.format=image_folder for {dataset}"
+                f"data.format={data_format} reads image folders only, set "
+                f"data.format=image_folder for {dataset}"
             )
         fraction = _get(cfg, "data.fraction")
         source: ImageSource = TorchvisionSource(
@@ -209,6 +240,9 @@ def pretrain_loader(
         )
         return PretrainLoader(source, recipe, plan(len(source)), num_workers=num_workers)
 
+    if data_format == H5:
+        source = _h5_source(cfg, "data.train_path", fraction=_get(cfg, "data.fraction"))
+        return PretrainLoader(source, recipe, plan(len(source)), num_workers=num_workers)
     images = training_images(cfg, world_size=world_size)
     if data_format == "image_folder":
         return PretrainLoader(
@@ -264,7 +298,7 @@ def validation_loader(
     if root is None:
         return None
     dataset = _choice(cfg, "data.dataset", FOLDER_DATASETS + TORCHVISION_DATASETS)
-    data_format = _choice(cfg, "data.format", FORMATS, "image_folder")
+    data_format = _choice(cfg, "data.format", (*FORMATS, H5), "image_folder")
     batch_size, num_workers = (
         int(_get(cfg, "optimizer.batch_size", 64)),
         int(_get(cfg, "data.num_workers", 4)),
@@ -276,6 +310,8 @@ def validation_loader(
 
     if dataset in TORCHVISION_DATASETS:
         source: ImageSource = TorchvisionSource(dataset, root, train=train)
+    elif data_format == H5:
+        source = _h5_source(cfg, key, rank, world_size)
     else:
         labelled = not (train and _get(cfg, "data.no_labels", False))
 

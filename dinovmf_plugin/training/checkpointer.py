@@ -46,6 +46,7 @@ __all__ = [
 _VOLATILE = (
     "checkpoint",
     "auto_resume",
+    "auto_umap",
     *LOGGERS,
     "debug_augmentations",
     "optimizer.base_lr",  # the scaled rates count

@@ -14,9 +14,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.data.folders import class_names
+from dinovmf_plugin.data.h5 import h5_classes
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.training.keys import check_keys
 from dinovmf_plugin.training.schema import LOGGERS, check_values
+from dinovmf_plugin.training.umap import check_umap
 
 __all__ = ["NUM_CLASSES", "count_devices", "parse_cfg"]
 
@@ -90,6 +92,8 @@ def _count_classes(cfg: DictConfig) -> int:
         return NUM_CLASSES[cfg.data.dataset]
     if cfg.data.no_labels:
         return 1
+    if cfg.data.format == "h5":
+        return len(h5_classes(cfg.data.train_path))
     root = Path(cfg.data.train_path)
     if not root.is_dir():
         raise FileNotFoundError(
@@ -99,11 +103,8 @@ def _count_classes(cfg: DictConfig) -> int:
 
 
 def _refuse_unserved(cfg: DictConfig) -> None:
-    """Keys of the host that only its own entry point serves."""
-    if OmegaConf.select(cfg, "auto_umap.enabled"):
-        raise ValueError(
-            "auto_umap.enabled=True is not served here: scripts/analyze.py shows what a checkpoint has learnt"
-        )
+    """Keys of the host that are not served, here or on this machine."""
+    check_umap(cfg)
     if OmegaConf.select(cfg, "auto_resume.max_hours") is not None:
         warnings.warn(
             "auto_resume.max_hours has no effect here: a run finds its own checkpoint, however old",
@@ -152,6 +153,7 @@ def parse_cfg(cfg: DictConfig) -> DictConfig:
     Raises:
         ValueError: if a key is unknown or missing or has an impossible value; the message names it.
         FileNotFoundError: if ``data.train_path`` is not a folder.
+        ImportError: if ``auto_umap.enabled`` asks for a package that is not installed.
 
     Differs from upstream: the host changes the config it is given, and scales once more when called again.
     """

@@ -65,9 +65,13 @@ class DataKeys(Settings):
     """The images; the last three are counted, not given."""
 
     dataset: Annotated[Text, Doc("custom, imagenet, imagenet100 ...")]
-    train_path: Annotated[Path, Doc("a folder of class folders, or of images with no_labels")]
+    train_path: Annotated[
+        Path, Doc("a folder of class folders, of images with no_labels, or a file (h5)")
+    ]
     val_path: Annotated[Path | None, Doc("held-out images of the same classes")] = None
-    format: Annotated[Text, Doc("image_folder (Pillow) or dali")] = "image_folder"
+    format: Annotated[Text, Doc("image_folder (Pillow), dali, or h5: one file of image files")] = (
+        "image_folder"
+    )
     no_labels: Annotated[bool, Doc("the folders are no classes")] = False
     fraction: Annotated[float, Ge(-1), Le(1), Doc("share of the images; -1: all")] = -1
     num_workers: Annotated[Whole, Doc("processes (DALI: threads) that read images")] = 4
@@ -174,10 +178,10 @@ class PerformanceKeys(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class UmapKeys(Settings):
-    """UMAP pictures, of solo-learn."""
+    """UMAP pictures of the validation images."""
 
-    enabled: Annotated[bool, Doc("draw them")] = False
-    dir: Annotated[Text, Doc("where")] = "auto_umap"
+    enabled: Annotated[bool, Doc("draw them (needs umap-learn)")] = False
+    dir: Annotated[Text, Doc("a folder per method and run below")] = "auto_umap"
     frequency: Annotated[Count, Doc("epochs between two")] = 1
 
 

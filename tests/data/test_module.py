@@ -127,9 +127,9 @@ def test_two_processes_share_the_check_and_agree(
     ("overrides", "error", "message"),
     [
         (
-            {"data__format": "h5"},
+            {"data__format": "hdf5"},
             ValueError,
-            r"data\.format must be one of .*, got 'h5'",
+            r"data\.format must be one of .*, got 'hdf5'",
         ),
         (
             {"data__dataset": "coco"},

@@ -202,8 +202,6 @@ def test_parse_cfg__counted_numbers__not_chosen(key, value, count):
 
 
 def test_parse_cfg__what_only_the_host_serves__said():
-    with pytest.raises(ValueError, match=r"auto_umap\.enabled=True is not served here"):
-        parse_cfg(_recipe(**{"auto_umap": {"enabled": True}}))
     with pytest.warns(UserWarning, match=r"auto_resume\.max_hours has no effect"):
         parse_cfg(_recipe(**{"auto_resume": {"max_hours": 3}}))
 
