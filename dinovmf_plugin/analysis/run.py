@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.embedding import Embeddings, embed
 from dinovmf_plugin.features.images import ImageSet, image_folder
-from dinovmf_plugin.features.network import Network, load_network
+from dinovmf_plugin.features.network import Network, load_source
 from dinovmf_plugin.mixture.model import log_uniform_density
 from dinovmf_plugin.mixture.precision import PercentileBin
 from dinovmf_plugin.mixture.utilization import duplicate_groups
@@ -259,20 +260,16 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
     shown = sets[-1]
     if settings.attention.path:
         shown = image_folder(settings.attention.path, "attention.path", labelled="auto")
-    load = partial(
-        load_network,
-        which=settings.which,
-        model_name=settings.model_name,
-        num_heads=settings.num_heads,
-        head=True,
-    )
-    model = load(settings.checkpoint, weights=settings.weights).to(device)
+    model = load_source(settings, head=True).to(device)
     if settings.attention.path and not is_vit(model.model):
         raise ValueError(
             f"attention.path={settings.attention.path} needs a Vision Transformer: {settings.checkpoint} "
             "has no attention of a CLS token"
         )
-    others = {name: load(path).to(device) for name, path in settings.others.items()}
+    others = {
+        name: load_source(replace(settings, checkpoint=path), head=True).to(device)
+        for name, path in settings.others.items()
+    }
     name = settings.name or model.mixture_head[1].method
     if name in others:
         raise ValueError(f"compare has a model of the same name {name!r}: set name to another one")

@@ -20,7 +20,7 @@ from dinovmf_plugin.evaluation.protocols import PROTOCOLS, evaluation_settings
 from dinovmf_plugin.evaluation.settings import EvaluationSettings
 from dinovmf_plugin.evaluation.workbench import Images, Run, Workbench
 from dinovmf_plugin.features.extraction import resolve_feature
-from dinovmf_plugin.features.network import Network, load_network, untrained_like
+from dinovmf_plugin.features.network import Network, load_network, load_source, untrained_like
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import keep_previous, write_file, write_json
 from dinovmf_plugin.runs.settings import plain
@@ -31,14 +31,7 @@ Results = Mapping[str, Any]
 
 
 def _networks(settings: EvaluationSettings, main: Network | None) -> list[Network]:
-    main = main or load_network(
-        settings.checkpoint,
-        which=settings.which,
-        weights=settings.weights,
-        model_name=settings.model_name,
-        num_heads=settings.num_heads,
-        seed=settings.seed,
-    )
+    main = main or load_source(settings, seed=settings.seed)
     baselines = {
         "untrained": lambda: untrained_like(main, settings.seed),
         "pixels": lambda: load_network("pixels"),

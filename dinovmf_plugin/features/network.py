@@ -23,10 +23,11 @@ from dinovmf_plugin.data.channels import IMAGENET, Statistics, channel_statistic
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.extraction import PixelFeatures
 from dinovmf_plugin.features.published import as_network, published_network
+from dinovmf_plugin.features.settings import NetworkSource
 from dinovmf_plugin.report.paper import method_label
 from dinovmf_plugin.runs.files import file_digest
 
-__all__ = ["Network", "load_network", "random_name", "untrained_like"]
+__all__ = ["Network", "load_network", "load_source", "random_name", "untrained_like"]
 
 _PIXEL_SIZE = 32
 
@@ -163,18 +164,18 @@ def _random_by_name(name: str, seed: int) -> Network:
     return Network(model, "untrained", identity, {"checkpoint": identity})
 
 
-def _published(checkpoint: str, weights: str | Path | None) -> Network:
+def _published(checkpoint: str, weight_file: str | Path | None) -> Network:
     name = checkpoint.removeprefix("timm:")
-    if not weights:
+    if not weight_file:
         raise ValueError(
-            f"checkpoint={checkpoint} needs weights=FILE, a local file with its weights: nothing is "
+            f"checkpoint={checkpoint} needs weight_file=FILE, a local file with its weights: nothing is "
             "downloaded"
         )
-    model, report, shape, about = published_network(name, weights)
+    model, report, shape, about = published_network(name, weight_file)
     digest = file_digest(report.path)
     record = {
         "checkpoint": checkpoint,
-        "weights": str(report.path),
+        "weight_file": str(report.path),
         "sha256": digest,
         "architecture": name,
         "load_report": str(report),
@@ -191,20 +192,20 @@ def load_network(
     num_heads: int | None = None,
     seed: int = 0,
     head: bool = False,
-    weights: str | Path | None = None,
+    weight_file: str | Path | None = None,
 ) -> Network:
     """The network that ``checkpoint`` names.
 
     Args:
         checkpoint: path of any weight file that ``checkpoints.load_backbone`` reads;
             ``random:NAME`` for timm's untrained ViT of that name; ``timm:NAME`` for timm's network with
-            the ``weights`` of a local file; ``pixels`` for raw pixels.
+            the weights of a local file; ``pixels`` for raw pixels.
         which: ``teacher`` or ``student``.
         model_name: see ``load_backbone``.
         num_heads: see ``load_backbone``.
         seed: of the random weights.
         head: whether to load the projection head and the centre too, which a file must have then.
-        weights: the file of ``timm:NAME``; nothing is downloaded.
+        weight_file: of ``timm:NAME``; nothing is downloaded.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -222,9 +223,9 @@ def load_network(
     checkpoint = str(checkpoint)
     if which not in ("teacher", "student"):
         raise ValueError(f"which={which!r} must be teacher or student")
-    if weights and not checkpoint.startswith("timm:"):
+    if weight_file and not checkpoint.startswith("timm:"):
         raise ValueError(
-            f"weights={weights} is the file of checkpoint=timm:NAME, not of {checkpoint}"
+            f"weight_file={weight_file} is that of checkpoint=timm:NAME, not of {checkpoint}"
         )
     if head and (checkpoint == "pixels" or checkpoint.startswith(("random:", "timm:"))):
         raise ValueError(
@@ -235,7 +236,7 @@ def load_network(
     if checkpoint.startswith("random:"):
         return _random_by_name(random_name(checkpoint), seed)
     if checkpoint.startswith("timm:"):
-        return _published(checkpoint, weights)
+        return _published(checkpoint, weight_file)
     file = resolve_file(checkpoint)
     stored = read_weights(file, which)
     model, report, shape = network_from(stored, model_name=model_name, num_heads=num_heads)
@@ -272,3 +273,16 @@ def _with_head(network: Network, stored: StoredWeights) -> Network:
     if center is not None and len(center) != head.last_layer.num_prototypes:
         center = None
     return replace(network, head=head, head_settings=settings, center=center)
+
+
+def load_source(source: NetworkSource, *, seed: int = 0, head: bool = False) -> Network:
+    """The network that a command's settings name; see ``load_network``."""
+    return load_network(
+        source.checkpoint,
+        which=source.which,
+        model_name=source.model_name,
+        num_heads=source.num_heads,
+        seed=seed,
+        head=head,
+        weight_file=source.weight_file,
+    )

@@ -182,7 +182,9 @@ def published_network(
         try:
             tensors = dict(convert(tensors, model))
         except (KeyError, RuntimeError, ValueError, AttributeError) as error:
-            raise ValueError(f"weights={path} are not those of timm:{name}: {error}") from error
+            raise ValueError(
+                f"weight_file={path} holds no weights of timm:{name}: {error}"
+            ) from error
     about = dict(model.pretrained_cfg)
     height, width = about["input_size"][1:]
     shape = NamedShape(name, int(model.num_features), (height, width))

@@ -49,10 +49,10 @@ class NetworkSource(Settings):
         Path,
         Doc(
             "training .ckpt, official .pth, .safetensors or exported folder; random:TIMM_NAME "
-            "(untrained), timm:TIMM_NAME (with weights) or pixels where no head is needed"
+            "(untrained), timm:TIMM_NAME (with weight_file) or pixels where no head is needed"
         ),
     ]
-    weights: Annotated[
+    weight_file: Annotated[
         Path | None, Doc("local file with the weights of timm:TIMM_NAME; nothing is downloaded")
     ] = None
     which: Annotated[

@@ -40,7 +40,7 @@ def _images(model):
 @torch.no_grad()
 def test_network_with_cls__tokens_and_attention_of_timm(tmp_path, name):
     model, path = _weights(tmp_path, name)
-    network = load_network(f"timm:{name}", weights=path)
+    network = load_network(f"timm:{name}", weight_file=path)
     images = _images(model)
     wanted = model.forward_features(images)
     prefix = model.num_prefix_tokens
@@ -70,7 +70,7 @@ def test_network_with_cls__tokens_and_attention_of_timm(tmp_path, name):
 @torch.no_grad()
 def test_other_network__pooled_output_of_timm(tmp_path, name):
     model, path = _weights(tmp_path, name)
-    network = load_network(f"timm:{name}", weights=path)
+    network = load_network(f"timm:{name}", weight_file=path)
     images = _images(model)
     wanted = model(images)
     spec = resolve_feature("dino", network.model)
@@ -88,7 +88,7 @@ def test_other_network__pooled_output_of_timm(tmp_path, name):
 @torch.no_grad()
 def test_plain_vit__other_sizes__positions_as_timm(tmp_path):
     _, path = _weights(tmp_path, "test_vit")
-    network = load_network("timm:test_vit", weights=path)
+    network = load_network("timm:test_vit", weight_file=path)
     images = torch.randn(1, 3, 96, 128)
     flexible = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).eval()
     flexible.load_state_dict(network.model.state_dict())
@@ -109,7 +109,7 @@ def test_knn__one_row_of_a_table(tmp_path, name):
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     config = {
         "checkpoint": f"timm:{name}",
-        "weights": str(path),
+        "weight_file": str(path),
         "output_dir": str(tmp_path / "out"),
         "data": {
             "train_path": str(tmp_path / "train"),
@@ -122,7 +122,7 @@ def test_knn__one_row_of_a_table(tmp_path, name):
         "knn": {"ks": [3], "resize": 160, "crop_size": 160},
     }
     result = evaluate_one(config, "knn")
-    assert result["checkpoint"]["weights"] == str(path)
+    assert result["checkpoint"]["weight_file"] == str(path)
     assert result["k3"]["top1"] == 100
     assert list(result["baselines"]) == ["untrained"]
 
@@ -130,16 +130,16 @@ def test_knn__one_row_of_a_table(tmp_path, name):
 def test_what_cannot_be_loaded__one_sentence(tmp_path):
     _, path = _weights(tmp_path, "test_vit")
     cases = [
-        ({"checkpoint": "timm:test_vit"}, "timm:test_vit needs weights=FILE"),
-        ({"checkpoint": "timm:resnet5O", "weights": path}, "did you mean timm:resnet50"),
-        ({"checkpoint": "pixels", "weights": path}, "is the file of checkpoint=timm:NAME, not of"),
-        ({"checkpoint": "timm:test_vit", "weights": path, "head": True}, "has no prototypes"),
-        ({"checkpoint": "timm:test_resnet", "weights": path}, "it lacks conv1"),
-        ({"checkpoint": "timm:test_vit", "weights": tmp_path / "no.pth"}, "no.pth"),
+        ({"checkpoint": "timm:test_vit"}, "timm:test_vit needs weight_file=FILE"),
+        ({"checkpoint": "timm:resnet5O", "weight_file": path}, "did you mean timm:resnet50"),
+        ({"checkpoint": "pixels", "weight_file": path}, "is that of checkpoint=timm:NAME, not of"),
+        ({"checkpoint": "timm:test_vit", "weight_file": path, "head": True}, "has no prototypes"),
+        ({"checkpoint": "timm:test_resnet", "weight_file": path}, "it lacks conv1"),
+        ({"checkpoint": "timm:test_vit", "weight_file": tmp_path / "no.pth"}, "no.pth"),
     ]
     for arguments, message in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             load_network(**arguments)
         assert "\n" not in str(error.value)
-    fixed = load_network("timm:test_convnext", weights=_weights(tmp_path, "test_convnext")[1])
+    fixed = load_network("timm:test_convnext", weight_file=_weights(tmp_path, "test_convnext")[1])
     assert fixed.image_size == 160

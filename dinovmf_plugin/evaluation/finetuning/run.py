@@ -192,10 +192,10 @@ def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
 
 def _settings(config: Mapping[str, Any]) -> FinetuneRun:
     run = read(FinetuneRun, config)
-    if run.weights or run.checkpoint.startswith("timm:"):
+    if run.weight_file or run.checkpoint.startswith("timm:"):
         raise ValueError(
-            f"checkpoint={run.checkpoint} with weights={run.weights}: fine-tuning takes a weight file or "
-            "random:TIMM_NAME; name the file of a plain ViT as checkpoint"
+            f"checkpoint={run.checkpoint} with weight_file={run.weight_file}: fine-tuning takes a weight "
+            "file or random:TIMM_NAME; name the file of a plain ViT as checkpoint"
         )
     if run.checkpoint.startswith("random:"):
         random_name(run.checkpoint)

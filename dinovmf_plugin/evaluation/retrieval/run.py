@@ -26,7 +26,7 @@ from dinovmf_plugin.evaluation.retrieval.scores import (
     split_difficulty,
 )
 from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
-from dinovmf_plugin.features.network import load_network
+from dinovmf_plugin.features.network import load_source
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import file_digest, listing_digest, write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
@@ -78,14 +78,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     device = pick_device(settings.device)
     data = load_retrieval_set(settings.data_path, settings.dataset)
     shown, boxes = _shown(settings, data), _boxes(settings, data)
-    network = load_network(
-        settings.checkpoint,
-        which=settings.which,
-        weights=settings.weights,
-        model_name=settings.model_name,
-        num_heads=settings.num_heads,
-        seed=settings.seed,
-    )
+    network = load_source(settings, seed=settings.seed)
     # raw pixels have no feature of images of any size, and must not bind the folder to themselves
     model: Any = network.vit if network.shape is None else network.model
     bound = {

@@ -28,7 +28,7 @@ from dinovmf_plugin.evaluation.video.propagation import (
 )
 from dinovmf_plugin.evaluation.video.scores import score_sequence
 from dinovmf_plugin.evaluation.video.settings import VideoSettings
-from dinovmf_plugin.features.network import load_network
+from dinovmf_plugin.features.network import load_source
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import listing_digest, write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
@@ -215,14 +215,7 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
         resolution=settings.resolution,
         only=settings.sequences,
     )
-    network = load_network(
-        settings.checkpoint,
-        which=settings.which,
-        weights=settings.weights,
-        model_name=settings.model_name,
-        num_heads=settings.num_heads,
-        seed=settings.seed,
-    )
+    network = load_source(settings, seed=settings.seed)
     vit = network.vit.to(device)  # what has no tokens must not bind the folder to itself
     bound: dict[str, Any] = {
         "task": "video segmentation",
