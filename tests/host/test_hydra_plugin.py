@@ -54,7 +54,8 @@ for config, overrides in (
                     result = str(error)
                 results.append((config, override, result))
 heavy = ("torch", "solo", "lightning", "numpy", "dinovmf_plugin")
-print(json.dumps({"results": results, "heavy": [m for m in heavy if m in sys.modules]}))
+found = {"heavy": [m for m in heavy if m in sys.modules], "modules": sorted(sys.modules)}
+print(json.dumps({"results": results, **found}))
 """
 
 
@@ -93,6 +94,9 @@ def test_foreign_app__accepts_and_refuses_what_it_does_without_the_plugin(foreig
     assert {"data", "method", "trainer", "backbone"} <= set(NAMES)
     given = _run(foreign)
     assert given["heavy"] == []
+    named = [module for module in given["modules"] if "dinovmf" in module]
+    ours = [module for module in named if not module.startswith("__editable__")]  # pip's own
+    assert ours == ["hydra_plugins.dinovmf"]  # and, by the last line, nothing for its sake
     results = {(config, override): result for config, override, result in given["results"]}
     assert results["scalars", "data=b.csv"]["data"] == "b.csv"
     assert results["nodes", "method.path=b.csv"]["method"] == {"path": "b.csv"}

@@ -125,6 +125,26 @@ def test_unmodified_main_pretrain_then_main_knn(pictures, tmp_path):
     assert results[0] >= 75  # backbone, cosine, k = 1: red and blue are not hard to tell apart
 
 
+@needs_scripts
+def test_unmodified_main_umap__without_a_gpu(pictures, tmp_path):
+    for module in ("umap", "seaborn", "pandas", "wandb"):
+        pytest.importorskip(module)
+    script = str(CHECKOUT / "main_pretrain.py")
+    overrides = [*_overrides(pictures, tmp_path), "max_epochs=1", "scheduler.warmup_epochs=0"]
+    _python(script, "--config-name", "dinovmf/custom/dino_vmf", *overrides, folder=tmp_path)
+    (checkpoint,) = _files(tmp_path / "runs", "*.ckpt")
+    train = pictures / "train"
+    arguments = (
+        "--dataset custom --data_format image_folder --batch_size 4 --num_workers 0 "
+        f"--train_data_path {train} --val_data_path {train} "  # of 4 images UMAP makes no picture
+        f"--pretrained_checkpoint_dir {checkpoint.parent}"
+    ).split()
+    script = str(CHECKOUT / "main_umap.py")
+    _python("-m", "dinovmf_plugin", script, *arguments, folder=tmp_path)
+    for name in ("im100_train_umap.pdf", "im100_val_umap.pdf"):
+        assert (tmp_path / name).read_bytes()[:5] == b"%PDF-"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """A folder with what the wheel installs."""
