@@ -21,14 +21,9 @@ from dinovmf_plugin.checkpoints.reading import read_file
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import ResumableLoader
-from dinovmf_plugin.training.checkpointer import (
-    Checkpointer,
-    choose_folder,
-    find_checkpoint,
-    lock_run,
-    make_folder,
-)
+from dinovmf_plugin.training.checkpointer import Checkpointer
 from dinovmf_plugin.training.config import parse_cfg
+from dinovmf_plugin.training.folders import choose_folder, find_checkpoint, lock_run, make_folder
 from dinovmf_plugin.training.loggers import (
     RunIds,
     build_loggers,

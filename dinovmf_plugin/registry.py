@@ -26,7 +26,7 @@ def method_classes() -> dict[str, type[Any]]:
 
 def _find_run(cfg: Any) -> tuple[Path | None, str | None]:
     """The newest whole checkpoint of exactly this run and its id at wandb; None where there is none."""
-    from dinovmf_plugin.training.checkpointer import choose_folder, find_checkpoint
+    from dinovmf_plugin.training.folders import choose_folder, find_checkpoint
     from dinovmf_plugin.training.loggers import stored_run_ids
 
     path = find_checkpoint(cfg)

@@ -28,9 +28,9 @@ from dinovmf_plugin.features.network import Network, load_network
 from dinovmf_plugin.pretraining import build_method
 from dinovmf_plugin.runs.environment import machine, pick_device, versions
 from dinovmf_plugin.runs.files import keep_previous, write_json
-from dinovmf_plugin.training.checkpointer import choose_folder, find_checkpoint, run_identity
 from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.curve import read_curve, read_monitor
+from dinovmf_plugin.training.folders import choose_folder, find_checkpoint, run_identity
 
 __all__ = ["flat_metrics", "run_one"]
 

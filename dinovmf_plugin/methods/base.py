@@ -6,12 +6,10 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from dinovmf_plugin.core import schedules
 from dinovmf_plugin.core import vit as backbones
 from dinovmf_plugin.core.centering import Centering
 from dinovmf_plugin.core.heads import ProjectionHead
@@ -24,14 +22,12 @@ from dinovmf_plugin.methods.acceleration import (
     use_grad_checkpointing,
     wants,
 )
-from dinovmf_plugin.methods.probes import OnlineProbes
 from dinovmf_plugin.methods.settings import MethodSettings, check_backbone, check_strategy
 from dinovmf_plugin.methods.solo_keys import read_solo_keys
+from dinovmf_plugin.methods.steps import ScheduledSteps
 from dinovmf_plugin.runs.settings import read
-from dinovmf_plugin.training import optimization, resuming
 from dinovmf_plugin.training.late import LateNumber
 from dinovmf_plugin.training.records import REMEDY, NonFiniteLossError, StepRecord
-from dinovmf_plugin.training.seeding import SeededSteps
 from dinovmf_plugin.training.stored_config import StoredConfig
 
 __all__ = ["DistillationOutput", "NonFiniteLossError", "SelfDistillation"]
@@ -57,7 +53,7 @@ class DistillationOutput:
 _SPREAD_ANCHORS = 8192
 
 
-class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
+class SelfDistillation(StoredConfig, ScheduledSteps):
     """Student and EMA teacher of one architecture on the host's base class.
 
     Subclasses define ``settings_class``, ``default_settings`` and ``distillation_loss``; everything that the
@@ -176,13 +172,6 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         self.momentum_backbone.load_state_dict(self.backbone.state_dict())
         self.initialize_teacher()
 
-    @property
-    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """(student, teacher) modules that the EMA follows."""
-        return [*super().momentum_pairs, (self.head, self.momentum_head)]
-
-    # ---- training -------------------------------------------------------------------------------
-
     def teacher_temperature(self) -> float:
         """The teacher's temperature in the current epoch."""
         return self.settings.teacher_temperature
@@ -235,10 +224,6 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         loss = out.loss + self.prototype_spread_loss()
         return loss + self.online_classifier_loss(out.student_features, targets)
 
-    def on_device(self, number: float | Tensor) -> Tensor:
-        """A number to log: made on the device, since copying one there waits for a GPU."""
-        return number if isinstance(number, Tensor) else torch.full((), number, device=self.device)
-
     def on_after_backward(self) -> None:
         """Refuse a loss that is not finite: before the optimiser's step, while a GPU is still busy.
 
@@ -257,126 +242,12 @@ class SelfDistillation(StoredConfig, SeededSteps, OnlineProbes):
         """Step and epoch, for messages."""
         return f"at step {self.trainer.global_step} (epoch {self.current_epoch});"
 
-    # ---- optimisation ---------------------------------------------------------------------------
-
-    def named_parameter_groups(self) -> dict[str, Any]:
-        """Group name -> named parameters that the optimiser gets."""
-        return {
-            "backbone": self.backbone.named_parameters(),
-            "head": self.head.named_parameters(),
-            "classifier": self.classifier.named_parameters(),
-        }
-
-    def group_options(self) -> dict[str, dict[str, Any]]:
-        """Group name -> what it has of its own (see ``optimization.split_weight_decay``)."""
-        return {"classifier": {"lr": self.classifier_lr, "decay": False}}
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups, split by weight decay."""
-        return optimization.split_weight_decay(self.named_parameter_groups(), self.group_options())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The host's optimiser; schedules are set every step."""
-        groups = self.parameter_groups()
-        for group in groups:
-            group["peak_lr"] = group.get("lr", self.lr)
-        optimizer = optimization.make_optimizer(
-            self._OPTIMIZERS[self.cfg.optimizer.name],
-            groups,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            **self.extra_optimizer_args,
-        )
-        return resuming.keep_configured_values(optimizer)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return int(self.trainer.estimated_stepping_batches)
-
-    @property
-    def schedule_steps(self) -> int:
-        """Length of the schedules of learning rate, weight decay and EMA, in optimiser steps."""
-        return self.total_steps
-
-    def schedule_step(self, step: int) -> int:
-        """Where the schedules stand at optimiser step ``step`` of this epoch (counted from 0 over the run).
-
-        Epoch times steps per epoch, as in the official code, not the number of steps done: a run that goes on
-        with another batch size, or left an epoch early, stays at its epoch's part of the schedules.
-        """
-        return step + self._schedule_offset
-
-    def _find_schedule_offset(self, batch_idx: int) -> int:
-        batches = self.trainer.num_training_batches
-        if not math.isfinite(batches):  # a loader without a length
-            return 0
-        accumulated = self.trainer.accumulate_grad_batches
-        position = self.current_epoch * math.ceil(batches / accumulated) + batch_idx // accumulated
-        return int(position - self.trainer.global_step)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set learning rate and weight decay of the coming optimiser step, and seed drop path."""
-        self.seed_batch(batch_idx)
-        self._schedule_offset = self._find_schedule_offset(batch_idx)
-        final = self.settings.final_weight_decay
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        optimization.update_schedules(
-            optimizer,
-            self.schedule_step(self.trainer.global_step),
-            self.schedule_steps,
-            min_lr=self.min_lr,
-            warmup_steps=round(self.warmup_epochs * self.total_steps / self.max_epochs),
-            warmup_start_lr=self.warmup_start_lr,
-            weight_decay=self.weight_decay,
-            final_weight_decay=self.weight_decay if final is None else final,
-            constant_lr=self.cfg.scheduler.name == "none",
-        )
-        decayed = optimizer.param_groups[0]  # of the backbone
-        self.log_dict({"lr": decayed["lr"], "weight_decay": decayed["weight_decay"]})
-
-    def adjust_gradients(self) -> None:
-        """The method's own clipping and freezing, on complete and unscaled gradients."""
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the Trainer is told, then as the method is (``adjust_gradients``).
-
-        Lightning calls this after AMP has unscaled the gradients and after gradient accumulation;
-        clipping in ``on_after_backward``, as the host does, would clip scaled gradients.
-        """
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.adjust_gradients()
-
     def on_fit_start(self) -> None:
         """Compile the networks, if ``performance.compile`` says so."""
         super().on_fit_start()
         if wants(self.cfg, "compile"):
             heads = (self.head.mlp, self.momentum_head.mlp)
             compile_networks(self.backbone, self.momentum_backbone, *heads)
-
-    def on_train_start(self) -> None:
-        """Remember where a resumed run stands, so that the first micro-batch does not move the teacher."""
-        self._step_of_last_update = self.trainer.global_step
-
-    def teacher_momentum(self, step: int) -> float:
-        """EMA coefficient after optimiser step ``step`` (counted from 0)."""
-        momentum, step = self.cfg.momentum, self.schedule_step(step)
-        return schedules.cosine(step, self.schedule_steps, momentum.base_tau, momentum.final_tau)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the teacher, once per optimiser step (not per micro-batch)."""
-        step = self.trainer.global_step
-        if step == self._step_of_last_update:
-            return
-        self._step_of_last_update = step
-        momentum = self.teacher_momentum(step - 1)
-        optimization.update_teacher(self.momentum_pairs, momentum)
-        self.log("tau", self.on_device(momentum))
 
     # ---- checkpoints ----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dinovmf_plugin.checkpoints import load_head
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
 from dinovmf_plugin.methods.em import starting_parameters
-from dinovmf_plugin.training.checkpointer import find_checkpoint
+from dinovmf_plugin.training.folders import find_checkpoint
 
 METHODS = ("dino_vmf", "ibot_vmf")
 EM = {"method_kwargs.prototype_update": "em", "method_kwargs.num_prototypes": 8}

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 from dinovmf_plugin.methods.base import NonFiniteLossError
-from dinovmf_plugin.training.checkpointer import find_checkpoint, is_whole
+from dinovmf_plugin.training.folders import find_checkpoint, is_whole
 from dinovmf_plugin.training.stored_config import ResumedOtherwiseWarning
 
 

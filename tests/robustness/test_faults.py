@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dinovmf_plugin.training.checkpointer import is_whole
+from dinovmf_plugin.training.folders import is_whole
 
 # from the third checkpoint on no file may become larger than 100 kB
 FILE_TOO_LARGE = """

@@ -17,13 +17,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from dinovmf_plugin import host
-from dinovmf_plugin.training.checkpointer import (
-    Checkpointer,
-    choose_folder,
-    find_checkpoint,
-    is_whole,
-    run_identity,
-)
+from dinovmf_plugin.training.checkpointer import Checkpointer
+from dinovmf_plugin.training.folders import choose_folder, find_checkpoint, is_whole, run_identity
 
 
 class Module(LightningModule):

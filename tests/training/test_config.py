@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from dinovmf_plugin import host
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.training.checkpointer import run_identity
 from dinovmf_plugin.training.config import count_devices, parse_cfg
+from dinovmf_plugin.training.folders import run_identity
 
 RRC = {"enabled": True, "crop_min_scale": 0.2, "crop_max_scale": 1.0}
 RECIPE: dict[str, Any] = {
