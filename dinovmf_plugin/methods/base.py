@@ -172,6 +172,8 @@ class SelfDistillation(StoredConfig, ScheduledSteps):
         self.momentum_backbone.load_state_dict(self.backbone.state_dict())
         self.initialize_teacher()
 
+    # ---- training -------------------------------------------------------------------------------
+
     def teacher_temperature(self) -> float:
         """The teacher's temperature in the current epoch."""
         return self.settings.teacher_temperature

@@ -29,8 +29,6 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
         """(student, teacher) modules that the EMA follows."""
         return [*super().momentum_pairs, (self.head, self.momentum_head)]
 
-    # ---- training -------------------------------------------------------------------------------
-
     def on_device(self, number: float | Tensor) -> Tensor:
         """A number to log: made on the device, since copying one there waits for a GPU."""
         return number if isinstance(number, Tensor) else torch.full((), number, device=self.device)

@@ -270,7 +270,7 @@ def test_bad_settings__one_sentence(tmp_path, source, checkpoint, changes, error
 
 
 def test_pixels__are_no_patch_features(tmp_path, source):
-    with pytest.raises(ValueError, match="checkpoint=pixels has no patch tokens"):
+    with pytest.raises(ValueError, match="checkpoint=pixels 32x32 has no patch tokens"):
         evaluate_video_segmentation(settings(source, "pixels", tmp_path / "out"))
 
 
