@@ -104,14 +104,14 @@ def make_crops() -> Any:
         large: int = 2,
         small: int = 2,
         num_classes: int = 4,
-        labelled: bool = True,
+        labeled: bool = True,
         seed: int = 0,
     ) -> list[Any]:
         generator = torch.Generator().manual_seed(seed)
         sizes = [32] * large + [16] * small
         crops = [torch.randn(batch, 3, size, size, generator=generator) for size in sizes]
         labels = torch.randint(num_classes, (batch,), generator=generator)
-        return [torch.arange(batch), crops, labels if labelled else torch.full_like(labels, -1)]
+        return [torch.arange(batch), crops, labels if labeled else torch.full_like(labels, -1)]
 
     return make
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dinovmf_plugin.features.embedding import Embeddings, assign
 from dinovmf_plugin.features.images import ImageSet
 from dinovmf_plugin.features.knn import vote_ranks
-from dinovmf_plugin.features.neighbors import nearest_neighbours
+from dinovmf_plugin.features.neighbors import nearest_neighbors
 from dinovmf_plugin.features.network import Network
 from dinovmf_plugin.mixture.model import (
     ImageScores,
@@ -202,7 +202,7 @@ def knn_correct(
     Raises:
         ValueError: if ``k`` exceeds the bank.
     """
-    similarity, index = nearest_neighbours(bank, queries, k, progress=progress)
+    similarity, index = nearest_neighbors(bank, queries, k, progress=progress)
     classes = int(torch.cat([bank_labels, query_labels]).max()) + 1
     ranks = vote_ranks(
         similarity, bank_labels[index], query_labels, classes, ks=[k], temperature=temperature

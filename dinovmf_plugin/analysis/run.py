@@ -238,7 +238,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
     train = image_folder(
         data.train_path,
         "data.train_path",
-        labelled="auto",
+        labeled="auto",
         fraction=data.fraction,
         skip_unreadable=data.skip_unreadable,
     )
@@ -249,7 +249,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
                 data.val_path,
                 "data.val_path",
                 classes=train.classes,
-                labelled="auto",
+                labeled="auto",
                 fraction=data.fraction,
                 skip_unreadable=data.skip_unreadable,
             )
@@ -259,7 +259,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
             check_utf8(images)
     shown = sets[-1]
     if settings.attention.path:
-        shown = image_folder(settings.attention.path, "attention.path", labelled="auto")
+        shown = image_folder(settings.attention.path, "attention.path", labeled="auto")
     model = load_source(settings, head=True).to(device)
     if settings.attention.path and not is_vit(model.model):
         raise ValueError(

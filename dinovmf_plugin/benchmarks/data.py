@@ -98,7 +98,7 @@ def _about() -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints images per second of both loaders; writes JSON if ``output=`` is given.
+    """Print images per second of both loaders; write JSON if ``output=`` is given.
 
     Args:
         argv: ``key=value`` arguments, keys as in ``DEFAULTS``.

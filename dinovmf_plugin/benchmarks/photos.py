@@ -17,7 +17,7 @@ def _enlarged(plane: npt.NDArray[np.float64], height: int, width: int) -> npt.ND
 
 
 def write_photos(folder: Path, count: int, *, seed: int = 0) -> None:
-    """Writes pictures with a photograph's spectrum, so that they cost what photographs cost.
+    """Write pictures with a photograph's spectrum, so that they cost what photographs cost.
 
     Args:
         folder: an existing folder.

@@ -77,7 +77,7 @@ def _prototypes(
         return None
     network.to(pick_device(device))
     images = image_folder(
-        recipe.data.train_path, "data.train_path", labelled="auto", fraction=recipe.data.fraction
+        recipe.data.train_path, "data.train_path", labeled="auto", fraction=recipe.data.fraction
     )
     options = settings.comparison.evaluation.get("data") or {}
     found = embed(

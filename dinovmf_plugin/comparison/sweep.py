@@ -36,7 +36,7 @@ def planned_runs(config: Mapping[str, Any], kind: str) -> list[RunSettings]:
 
 
 def _prepare(config: Mapping[str, Any], kind: str) -> ComparisonSettings:
-    """Checks everything once, binds the folder to its settings, and makes the demo pictures."""
+    """Check everything once, bind the folder to its settings, and make the demo pictures."""
     runs = planned_runs(config, kind)
     shared = runs[0].comparison
     recipes = {run.candidate.label: run.recipe() for run in runs}

@@ -43,7 +43,7 @@ def normalizer_kernel(  # type: ignore[no-untyped-def]
     nu,
     BLOCK: tl.constexpr,
 ):
-    """See ``vmf.log_normalizer``, order 0, whose formula this is; D is even, so that g may be negative."""
+    """The formula of ``vmf.log_normalizer``, order 0; D is even, so that g may be negative."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     kappa = tl.load(magnitude + k, k < K, other=0.0) / temperature
     size = tl.abs(kappa)

@@ -48,7 +48,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def load_pickled_array(data: bytes) -> Any:
-    """Reads a pickled numpy array without executing anything else.
+    """Read a pickled numpy array without executing anything else.
 
     Args:
         data: the pickle.
@@ -192,7 +192,7 @@ def build(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Writes a data set as class folders of JPEG files (PNG for patches of photographs).
+    """Write a data set as class folders of JPEG files (PNG for patches of photographs).
 
     Args:
         output: folder to create. If it is there from an earlier call with the same arguments,

@@ -72,14 +72,14 @@ def _names(paths: Sequence[str]) -> npt.NDArray[np.bytes_]:
 
 
 def list_images(
-    root: str | os.PathLike[str], *, labelled: bool = True, key: str = "data.train_path"
+    root: str | os.PathLike[str], *, labeled: bool = True, key: str = "data.train_path"
 ) -> ImageFolder:
-    """Lists the images of a folder.
+    """List the images of a folder.
 
     Args:
         root: the folder. With labels it holds one folder per class, as torchvision's ImageFolder;
             images may lie at any depth below it. Without labels all images at any depth count.
-        labelled: whether the top folders are classes.
+        labeled: whether the top folders are classes.
         key: name of the config key that holds the path, for messages.
 
     Returns:
@@ -94,7 +94,7 @@ def list_images(
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise FileNotFoundError(f"{key}: {str(root)!r} {what}")
     known = ", ".join(IMAGE_EXTENSIONS)
-    if not labelled:
+    if not labeled:
         paths = list(_walk(root))
         if not paths:
             raise ValueError(f"{key}: there are no images ({known}) in {str(root)!r}")
@@ -164,7 +164,7 @@ def relabel(images: ImageFolder, classes: Sequence[str], *, key: str) -> ImageFo
 
 
 def check_fraction(fraction: float | None) -> float | None:
-    """Reads ``data.fraction``: None, -1 and 1 mean all images.
+    """Read ``data.fraction``: None, -1 and 1 mean all images.
 
     Raises:
         ValueError: anything else outside (0, 1).

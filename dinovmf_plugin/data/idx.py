@@ -27,7 +27,7 @@ _PARTS = {"train": "train", "t10k": "val"}
 
 
 def read_idx(path: Path) -> npt.NDArray[np.uint8]:
-    """Reads an idx file of unsigned bytes; one that ends in ``.gz`` is unpacked.
+    """Read an idx file of unsigned bytes; one that ends in ``.gz`` is unpacked.
 
     Args:
         path: the file.
@@ -63,7 +63,7 @@ def _find(source: Path, name: str) -> Path:
 
 
 def build(source: str | Path, output: str | Path, *, progress: bool = True) -> Path:
-    """Writes the images of idx files as class folders of PNG files.
+    """Write the images of idx files as class folders of PNG files.
 
     Args:
         source: folder with the four files.

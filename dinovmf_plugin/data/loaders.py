@@ -82,7 +82,7 @@ class FolderSource:
         return len(self.images)
 
     def image(self, index: int) -> Image.Image:
-        """Reads image ``index``; an unreadable one raises an error with its name."""
+        """Read image ``index``; an unreadable one raises an error with its name."""
         return open_image(self.images.path(index))
 
     def label(self, index: int) -> int:

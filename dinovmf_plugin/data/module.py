@@ -130,7 +130,7 @@ def _readable(
 
 
 def training_images(cfg: Mapping[str, Any], *, world_size: int = 1) -> ImageFolder:
-    """Lists and checks the images of ``data.train_path``.
+    """List and check the images of ``data.train_path``.
 
     Args:
         cfg: config with ``data.train_path`` and, if wanted, ``data.no_labels`` (default False),
@@ -151,7 +151,7 @@ def training_images(cfg: Mapping[str, Any], *, world_size: int = 1) -> ImageFold
         raise ValueError("data.train_path is missing: the folder of the training images")
 
     def listed() -> ImageFolder:
-        images = list_images(root, labelled=not _get(cfg, "data.no_labels", False))
+        images = list_images(root, labeled=not _get(cfg, "data.no_labels", False))
         return images.subset(take_fraction(images.labels, _get(cfg, "data.fraction")))
 
     images = same_on_all_ranks(listed, "data.train_path", world_size)
@@ -194,7 +194,7 @@ def pretrain_loader(
     seed: int | None = None,
     device_id: int | None = None,
 ) -> ResumableLoader:
-    """Builds the training loader of a config.
+    """Build the training loader of a config.
 
     Args:
         cfg: the run's config (plain containers or OmegaConf): ``data.dataset``, ``data.format``
@@ -275,7 +275,7 @@ def validation_loader(
     world_size: int = 1,
     device_id: int | None = None,
 ) -> Any:
-    """Builds a loader of deterministic centre crops, for validation or feature extraction.
+    """Build a loader of deterministic centre crops, for validation or feature extraction.
 
     Args:
         cfg: as for :func:`pretrain_loader`; validation images are in ``data.val_path``, a labelled
@@ -313,10 +313,10 @@ def validation_loader(
     elif data_format == H5:
         source = _h5_source(cfg, key, rank, world_size)
     else:
-        labelled = not (train and _get(cfg, "data.no_labels", False))
+        labeled = not (train and _get(cfg, "data.no_labels", False))
 
         def listed() -> ImageFolder:
-            images = list_images(root, labelled=labelled, key=key)
+            images = list_images(root, labeled=labeled, key=key)
             if not train and not _get(cfg, "data.no_labels", False):
                 images = relabel(images, class_names(_get(cfg, "data.train_path")), key=key)
             return images

@@ -120,7 +120,7 @@ def random_boxes(
 def draw_parameters(
     recipe: Recipe, uniforms: Array, heights: npt.NDArray[np.int64], widths: npt.NDArray[np.int64]
 ) -> CropParameters:
-    """Turns uniform numbers into the parameters of all crops of a batch of images.
+    """Turn uniform numbers into the parameters of all crops of a batch of images.
 
     Args:
         recipe: the N crops.
@@ -141,9 +141,9 @@ def draw_parameters(
 
     jitter = uniforms[..., _JITTER] < column("jitter_prob")
     strength = np.stack([column(name) for name in JITTER_OPERATIONS], axis=-1)
-    centre = np.array([1.0, 1.0, 1.0, 0.0])
-    low = np.maximum(centre - strength, np.array([0.0, 0.0, 0.0, -0.5]))
-    factors = low + (centre + strength - low) * uniforms[..., _FACTORS]
+    center = np.array([1.0, 1.0, 1.0, 0.0])
+    low = np.maximum(center - strength, np.array([0.0, 0.0, 0.0, -0.5]))
+    factors = low + (center + strength - low) * uniforms[..., _FACTORS]
     blur = uniforms[..., _BLUR] < column("blur_prob")
     radius = BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * uniforms[..., _RADIUS]
     return CropParameters(
@@ -152,7 +152,7 @@ def draw_parameters(
         height=height,
         width=width,
         flip=uniforms[..., _FLIP] < column("flip_prob"),
-        factors=np.where(jitter[..., None], factors, centre),
+        factors=np.where(jitter[..., None], factors, center),
         order=JITTER_ORDERS[(uniforms[..., _ORDER] * len(JITTER_ORDERS)).astype(np.int64)],
         jitter=jitter,
         gray=uniforms[..., _GRAY] < column("gray_prob"),

@@ -199,7 +199,7 @@ def _parse_pipeline(where: str, pipeline: Mapping[str, Any], dataset: str | None
 def parse_recipe(
     augmentations: Sequence[Mapping[str, Any]], *, dataset: str | None = None
 ) -> Recipe:
-    """Reads and checks solo-learn's list of augmentation pipelines.
+    """Read and check solo-learn's list of augmentation pipelines.
 
     Args:
         augmentations: the config's ``augmentations`` list (plain containers or OmegaConf nodes). An

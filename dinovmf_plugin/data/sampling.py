@@ -126,7 +126,7 @@ class ResumableLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration that epoch; a position restored for the same epoch is kept."""
+        """Make the next iteration that epoch; a position restored for the same epoch is kept."""
         if epoch != self.epoch:
             self.epoch, self._start, self._step = epoch, 0, 0
 
@@ -162,7 +162,7 @@ class ResumableLoader:
         }
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields the (remaining) batches of the epoch."""
+        """Yield the (remaining) batches of the epoch."""
         epoch, start = self.epoch, self._start
         self._start = 0
         for step, batch in enumerate(self._batches(epoch, start), start + 1):
@@ -171,5 +171,5 @@ class ResumableLoader:
             yield batch
 
     def _batches(self, epoch: int, start: int) -> Iterator[Any]:
-        """Yields the batches ``start .. steps - 1`` of an epoch."""
+        """Yield the batches ``start .. steps - 1`` of an epoch."""
         raise NotImplementedError

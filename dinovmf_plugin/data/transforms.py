@@ -24,7 +24,7 @@ INTERPOLATION_MODES = {"bicubic": InterpolationMode.BICUBIC, "bilinear": Interpo
 def make_crop(
     image: Image.Image, crop: Crop, parameters: CropParameters, at: tuple[int, ...]
 ) -> torch.Tensor:
-    """Makes one crop of an RGB image.
+    """Make one crop of an RGB image.
 
     Args:
         image: PIL image in mode RGB.
@@ -90,7 +90,7 @@ class MultiCropTransform:
     def __call__(
         self, image: Image.Image, *, seed: int | None = None, epoch: int = 0, index: int = 0
     ) -> list[torch.Tensor]:
-        """Makes all crops of an image.
+        """Make all crops of an image.
 
         Args:
             image: any PIL image; it is converted by ``decoding.to_rgb``.
@@ -112,7 +112,7 @@ class MultiCropTransform:
 def build_transform(
     augmentations: Sequence[Mapping[str, Any]], *, dataset: str | None = None
 ) -> MultiCropTransform:
-    """Builds the multi-crop transform of a config's ``augmentations`` list.
+    """Build the multi-crop transform of a config's ``augmentations`` list.
 
     Args:
         augmentations: solo-learn's list of pipelines, see

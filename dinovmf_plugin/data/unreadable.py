@@ -20,7 +20,7 @@ _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 
 
 def _full(path: str) -> str | None:
-    """Decodes; of PNG also the checksums, which PIL passes over and other decoders do not."""
+    """Decode; of PNG also the checksums, which PIL passes over and other decoders do not."""
     try:
         open_image(path)
         with Image.open(path) as image:
@@ -56,7 +56,7 @@ def _fast(path: str) -> str | None:
 def find_unreadable(
     paths: Sequence[str], *, check: str = "fast", num_threads: int = 8, progress: bool = True
 ) -> dict[int, str]:
-    """Finds images that cannot be read.
+    """Find images that cannot be read.
 
     Args:
         paths: files.
@@ -108,7 +108,7 @@ def refuse_or_drop(
     skip: bool = False,
     key: str = "data.train_path",
 ) -> ImageFolder:
-    """Refuses unreadable images in one error, or leaves them out.
+    """Refuse unreadable images in one error, or leave them out.
 
     Args:
         images: the images of a folder.

@@ -29,9 +29,9 @@ from dinovmf_plugin.report.theme import themed
 from dinovmf_plugin.runs.files import write_file
 from dinovmf_plugin.training.alarms import LEAST_SHARE
 
-__all__ = ["LabelledImages", "write_report"]
+__all__ = ["LabeledImages", "write_report"]
 
-LabelledImages = list[tuple[Tensor, Tensor]]  # batches of images and labels
+LabeledImages = list[tuple[Tensor, Tensor]]  # batches of images and labels
 
 
 def _curve(
@@ -109,10 +109,10 @@ def _kappa(methods: Mapping[str, Any]) -> Callable[[Axes], None]:
     return draw
 
 
-def _neighbour_sheets(
+def _neighbor_sheets(
     network: nn.Module,
     folder: Path,
-    data: tuple[LabelledImages, LabelledImages],
+    data: tuple[LabeledImages, LabeledImages],
     count: int = 6,
     k: int = 7,
 ) -> list[Sheet]:
@@ -185,7 +185,7 @@ def write_report(
     trained: Mapping[str, nn.Module],
     inside: Mapping[str, Components],
     folder: Path,
-    data: tuple[LabelledImages, LabelledImages],
+    data: tuple[LabeledImages, LabeledImages],
     recipe: DictConfig,
 ) -> None:
     """Write the page.
@@ -254,7 +254,7 @@ def write_report(
             page.picture(sheet, "crops of the first training images")
     for name, network in trained.items():
         page.section(f"Nearest neighbours: {name}")
-        for sheet in _neighbour_sheets(network, folder, data):
+        for sheet in _neighbor_sheets(network, folder, data):
             page.sheet(sheet)
     page.text(f"Pictures: {about['note']}. Licence: {about['licence']}.", note=True)
     shown = {k: results[k] for k in ("settings", "recipe", "versions")}

@@ -19,7 +19,7 @@ from dinovmf_plugin.checkpoints import load_backbone
 from dinovmf_plugin.data import demo as demo_data
 from dinovmf_plugin.data.module import validation_loader
 from dinovmf_plugin.demo.components import look_inside
-from dinovmf_plugin.demo.report import LabelledImages, write_report
+from dinovmf_plugin.demo.report import LabeledImages, write_report
 from dinovmf_plugin.demo.settings import DemoSettings
 from dinovmf_plugin.demo.training import default_processes, train_all
 from dinovmf_plugin.features.extraction import PixelFeatures, extract_features
@@ -47,7 +47,7 @@ def _recipe(settings: DemoSettings, method: str, folder: Path) -> DictConfig:
     )
 
 
-def _images(recipe: DictConfig, train: bool) -> LabelledImages:
+def _images(recipe: DictConfig, train: bool) -> LabeledImages:
     return [(x.clone(), y.clone()) for x, y in validation_loader(recipe, train=train)]
 
 

@@ -54,7 +54,7 @@ def _evaluate_network(
     processes: Processes,
     device: torch.device,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (evaluation, result) as each is done."""
+    """Yield (evaluation, result) as each is done."""
     cache = Path(settings.cache_dir or Path(settings.output_dir) / "features")
     bench = Workbench(network, settings, images, device, cache, processes)
     for name, run in runs.items():

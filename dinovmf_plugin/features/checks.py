@@ -32,7 +32,7 @@ def first_non_finite_row(features: Tensor) -> int | None:
 
 
 def check_features(features: Tensor, labels: Tensor, name: str) -> None:
-    """Refuses features that do not fit their labels, are empty, or are not finite.
+    """Refuse features that do not fit their labels, are empty, or are not finite.
 
     Raises:
         ValueError: with the first fault; ``name`` says whose it is. NonFiniteFeaturesError for a NaN or

@@ -117,7 +117,7 @@ def image_folder(
     key: str,
     *,
     classes: Sequence[str] = (),
-    labelled: bool | Literal["auto"] = True,
+    labeled: bool | Literal["auto"] = True,
     fraction: float | None = None,
     check_images: str = "fast",
     skip_unreadable: bool = False,
@@ -127,7 +127,7 @@ def image_folder(
     Args:
         path: the folder.
         key: config key for messages, such as ``data.train_path``.
-        labelled: whether sub-folders are classes; ``auto``: if there are any. Without, labels are -1.
+        labeled: whether sub-folders are classes; ``auto``: if there are any. Without, labels are -1.
         fraction: share of the images to take, the same of every class; None or -1 for all.
         classes: class names that define the labels, those of the training set; by default the
             folder's own. The folder may lack some of them.
@@ -141,12 +141,12 @@ def image_folder(
     """
     if not path:
         raise ValueError(f"{key}={path!r} must be set to a folder with one sub-folder per class")
-    if labelled == "auto":
+    if labeled == "auto":
         if not Path(path).is_dir():
             raise FileNotFoundError(f"{key}={path!r} is not a folder")
         entries = Path(path).iterdir()
-        labelled = any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
-    folder = list_images(path, labelled=labelled, key=key)
+        labeled = any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+    folder = list_images(path, labeled=labeled, key=key)
     if classes and folder.classes:
         folder = relabel(folder, classes, key=key)
     if fraction is not None:

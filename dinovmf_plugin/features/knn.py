@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinovmf_plugin.features.checks import check_features
-from dinovmf_plugin.features.neighbors import nearest_neighbours
+from dinovmf_plugin.features.neighbors import nearest_neighbors
 
 __all__ = ["DEFAULT_KS", "DEFAULT_TEMPERATURE", "knn_accuracy", "vote_ranks"]
 
@@ -23,7 +23,7 @@ DEFAULT_TEMPERATURE = 0.07
 
 def vote_ranks(
     similarities: Tensor,
-    neighbour_classes: Tensor,
+    neighbor_classes: Tensor,
     query_classes: Tensor,
     num_classes: int,
     *,
@@ -37,7 +37,7 @@ def vote_ranks(
 
     Args:
         similarities: ``(Q, k_max)``, descending.
-        neighbour_classes: ``(Q, k_max)`` int64 in ``0 .. num_classes - 1``.
+        neighbor_classes: ``(Q, k_max)`` int64 in ``0 .. num_classes - 1``.
         query_classes: ``(Q,)`` int64; -1 for a class that the bank does not have.
         num_classes: number of classes of the bank.
         ks: ascending numbers of neighbours.
@@ -55,7 +55,7 @@ def vote_ranks(
     target = query_classes.clamp(min=0)[:, None]
     ranks, done = {}, 0
     for k in ks:
-        new, members = similarities[:, done:k], neighbour_classes[:, done:k]
+        new, members = similarities[:, done:k], neighbor_classes[:, done:k]
         nearest.scatter_reduce_(1, members, new, "amax")  # descending: a class keeps its first
         total.scatter_add_(1, members, ((new - nearest.gather(1, members)) / temperature).exp())
         done = k
@@ -136,7 +136,7 @@ def knn_accuracy(
 
     share = slice(dist.get_rank(), None, dist.get_world_size()) if distributed else slice(None)
     queries, query_classes = query_features[share], query_classes[share]
-    similarities, indices = nearest_neighbours(
+    similarities, indices = nearest_neighbors(
         bank_features, queries, ordered[-1], chunk=chunk, query_chunk=query_chunk, progress=progress
     )
     hits = torch.zeros((len(ordered), 2), dtype=torch.int64, device=device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-__all__ = ["nearest_neighbours"]
+__all__ = ["nearest_neighbors"]
 
 _GROUP = 8
 _FIRST = 4  # chunks in the first step: the better the first threshold, the less is ever looked at
@@ -54,7 +54,7 @@ class _Reservoir:
         self.threshold = values[:, -1].contiguous()
 
     def append(self, rows: Tensor, values: Tensor, ids: Tensor) -> None:
-        """Adds ``values[i]`` to query ``rows[i]``; any number per query up to one chunk."""
+        """Add ``values[i]`` to query ``rows[i]``; any number per query up to one chunk."""
         counts = torch.bincount(rows, minlength=len(self.fill))
         if int((self.fill + counts).max()) > 2 * self.k:
             self._keep(*self.best())
@@ -110,7 +110,7 @@ def _search_block(queries: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Te
 
 
 @torch.no_grad()
-def nearest_neighbours(
+def nearest_neighbors(
     bank: Tensor,
     queries: Tensor,
     k: int,
@@ -141,7 +141,7 @@ def nearest_neighbours(
 
     Example:
         >>> bank = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-        >>> similarity, index = nearest_neighbours(bank, torch.tensor([[5.0, 1.0]]), 2)
+        >>> similarity, index = nearest_neighbors(bank, torch.tensor([[5.0, 1.0]]), 2)
         >>> index.tolist()
         [[0, 2]]
     """

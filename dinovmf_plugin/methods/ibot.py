@@ -63,7 +63,7 @@ class IBOTSettings(DINOSettings):
     pred_start_epoch: Annotated[Whole, Doc("no masks before this epoch")] = 0
 
     def check(self) -> None:
-        """See ``DINOSettings.check``; the masks' lists must fit each other."""
+        """Refuse what DINO refuses; the masks' lists must fit each other."""
         super().check()
         self.mask_sampler()
 

@@ -193,7 +193,7 @@ class DINOSettings(MethodSettings):
     ] = "random"
 
     def check(self) -> None:
-        """See ``MethodSettings.check``; ``center_raw_scores`` has a meaning in one cell alone."""
+        """Refuse what every method refuses; ``center_raw_scores`` has a meaning in one cell alone."""
         super().check()
         if self.center_raw_scores and (self.normalization, self.centering) != ("vmf", "logit"):
             raise ValueError(

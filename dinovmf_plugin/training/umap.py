@@ -22,7 +22,7 @@ _FEWEST = 3
 
 
 def check_umap(cfg: DictConfig) -> None:
-    """See that ``auto_umap.enabled=True`` can be served.
+    """Make sure that ``auto_umap.enabled=True`` can be served.
 
     Raises:
         ValueError: if there are no labelled validation images to draw.

@@ -92,7 +92,7 @@ def test_json__holds_what_the_parts_compute(analysed, plugin_checkpoint, image_f
     stored = json.loads((folder / "analysis.json").read_text())
     assert stored.keys() == result.keys()
     model = load_network(plugin_checkpoint, head=True)
-    images = image_folder(image_folders / "train", "data.train_path", labelled="auto")
+    images = image_folder(image_folders / "train", "data.train_path", labeled="auto")
     y = embed(model, images, CROP, num_workers=0, progress=False).y
     model.head.requires_grad_(False)
     sweep = utilization(model.prototypes.directions(), [0.5, 0.9])
@@ -165,7 +165,7 @@ def test_pages__are_complete_and_self_contained(analysed):
 
 
 def test_sheets__join_the_copies_of_a_component(image_folders):
-    images = image_folder(image_folders / "train", "data.train_path", labelled="auto")
+    images = image_folder(image_folders / "train", "data.train_path", labeled="auto")
     mixture = VMFMixture(torch.eye(3)[[0, 1, 0, 2]], torch.full((4,), 50.0), torch.zeros(4))
     y = torch.eye(3)[[0] * 3 + [1] * 4 + [0] * 5] + 0.01 * torch.arange(12.0)[:, None]
     scored, _ = score_images(mixture, [(images, y)])
@@ -266,28 +266,28 @@ def test_knn_correct__equals_sklearn():
 
 
 def test_validation_classes__follow_the_training_set(image_folders, tmp_path):
-    train = image_folder(image_folders / "train", "data.train_path", labelled="auto")
+    train = image_folder(image_folders / "train", "data.train_path", labeled="auto")
     assert train.classes == ("blue", "red")
     (tmp_path / "val" / "red").mkdir(parents=True)
     source = image_folders / "val" / "red" / "0.png"
     (tmp_path / "val" / "red" / "x.png").write_bytes(source.read_bytes())
-    val = image_folder(tmp_path / "val", "data.val_path", classes=train.classes, labelled="auto")
+    val = image_folder(tmp_path / "val", "data.val_path", classes=train.classes, labeled="auto")
     assert isinstance(val, ImageSet)
     assert (val.name, val.labels.tolist(), val.class_of(0)) == ("val", [1], "red")
     with pytest.raises(ValueError, match="'red'"):
-        image_folder(tmp_path / "val", "data.val_path", classes=("blue", "green"), labelled="auto")
+        image_folder(tmp_path / "val", "data.val_path", classes=("blue", "green"), labeled="auto")
 
 
 def test_unreadable_images__are_named_or_left_out(image_folders, tmp_path):
     (tmp_path / "good.png").write_bytes((image_folders / "val" / "red" / "0.png").read_bytes())
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=re.escape("bad.jpg")):
-        image_folder(tmp_path, "data.train_path", labelled="auto")
+        image_folder(tmp_path, "data.train_path", labeled="auto")
     with pytest.warns(UserWarning, match="1 unreadable"):
-        kept = image_folder(tmp_path, "data.train_path", skip_unreadable=True, labelled="auto")
+        kept = image_folder(tmp_path, "data.train_path", skip_unreadable=True, labeled="auto")
     assert kept.path(0).endswith("good.png")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        image_folder(tmp_path / "nowhere", "data.train_path", labelled="auto")
+        image_folder(tmp_path / "nowhere", "data.train_path", labeled="auto")
 
 
 @pytest.mark.parametrize(

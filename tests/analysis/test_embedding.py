@@ -30,14 +30,14 @@ def _changed(plugin_checkpoint, folder, **changes):
     return folder / "changed.ckpt"
 
 
-def test_weights_center__of_a_centre_of_raw_scores(plugin_checkpoint, tmp_path):
+def test_weights_center__of_a_center_of_raw_scores(plugin_checkpoint, tmp_path):
     kwargs = {"centering": "logit", "center_raw_scores": True}
     model = load_network(_changed(plugin_checkpoint, tmp_path, method_kwargs=kwargs), head=True)
     center = make_mixture(model, "center").log_weights
     torch.testing.assert_close(center, (torch.linspace(-5, 0, 24).double() / 0.05).log_softmax(0))
 
 
-def test_images__are_normalised_as_in_training(plugin_checkpoint, image_folders, tmp_path):
+def test_images__are_normalized_as_in_training(plugin_checkpoint, image_folders, tmp_path):
     path = _changed(plugin_checkpoint, tmp_path, data={"dataset": "cifar10"})
     given = {
         "checkpoint": str(path),
@@ -71,7 +71,7 @@ def test_an_embedding_that_is_not_finite__is_named_without_a_bar_too(
     plugin_checkpoint, image_folders, monkeypatch
 ):
     model = load_network(plugin_checkpoint, head=True)
-    images = image_folder(image_folders / "train", "data.train_path", labelled="auto")
+    images = image_folder(image_folders / "train", "data.train_path", labeled="auto")
     calls, real = [], model.head.forward
 
     def broken(cls):

@@ -68,7 +68,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_targets_and_centre__three_steps__equal_the_equations(case):
+def test_targets_and_center__three_steps__equal_the_equations(case):
     make, with_bias, equations = CASES[case]
     centering = make()
     scores, bias = _batches()
@@ -109,7 +109,7 @@ def test_update__changes_the_next_targets_not_this_steps():
         assert not torch.allclose(centering(scores[0], 0.07), first, rtol=1e-3)
 
 
-def test_probability_centre__is_a_log_probability_outside_the_temperature():
+def test_probability_center__is_a_log_probability_outside_the_temperature():
     scores, _ = _batches()
     centering = ProbabilityCentering(K, momentum=0.0)
     centering.update(scores[0], 0.05)
@@ -142,7 +142,7 @@ def test_log_mean_probability__is_the_arithmetic_mean():
     torch.testing.assert_close(log_mean_probability(logits).double(), expected, rtol=1e-5, atol=0)
 
 
-def test_sinkhorn__equals_alternating_normalisation():
+def test_sinkhorn__equals_alternating_normalization():
     logits = torch.randn(8, K, generator=torch.Generator().manual_seed(0)) * 4
     q = np.exp(logits.double().numpy()).T  # (K, B) as SwAV and MSN have it
     q /= q.sum()
@@ -169,7 +169,7 @@ def test_sinkhorn_centering__divides_by_the_temperature_and_has_no_state():
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
-def test_module_cast__centre_stays_float32(cast):
+def test_module_cast__center_stays_float32(cast):
     # at 8 significant bits an EMA of 0.9 stands still long before it has converged
     wrapper = torch.nn.Sequential(torch.nn.Linear(2, 2), LogitCentering(K))
     wrapper[1].center.fill_(1 / 3)

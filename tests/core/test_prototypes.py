@@ -75,7 +75,7 @@ def test_forward__none_and_l2__equal_weight_norm_and_load_its_weights(normalizat
     assert layer.log_normalizer(TAU) is None
 
 
-def test_forward__vmf_at_initialisation__none_up_to_a_constant():
+def test_forward__vmf_at_initialization__none_up_to_a_constant():
     none, vmf_layer = _layer("none", spread=False), _layer("vmf", spread=False)
     y = _unit()
     difference = vmf_layer(y, TAU) - none(y, TAU)
@@ -140,7 +140,7 @@ def test_gradient__directions__are_tangential():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["autocast", "input"])
-def test_half_precision__logits_float32_with_an_exact_normaliser(dtype, how):
+def test_half_precision__logits_float32_with_an_exact_normalizer(dtype, how):
     layer = _layer("vmf")
     y = _unit()
     exact = layer.scores(y.to(dtype).float() if how == "input" else y).detach() / TAU
@@ -155,7 +155,7 @@ def test_half_precision__logits_float32_with_an_exact_normaliser(dtype, how):
     assert (logits.detach() - bias.detach() - exact).abs().max() < 3 * spacing * 4 / TAU
 
 
-def test_half_precision__bf16_module__normaliser_stays_float32():
+def test_half_precision__bf16_module__normalizer_stays_float32():
     layer = _layer("vmf").bfloat16()
     assert layer.log_normalizer(TAU).dtype == torch.float32
     assert layer(_unit(dtype=torch.bfloat16), TAU).dtype == torch.float32

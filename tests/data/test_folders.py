@@ -16,7 +16,7 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def test_labelled__same_samples_as_torchvision(tmp_path: Path) -> None:
+def test_labeled__same_samples_as_torchvision(tmp_path: Path) -> None:
     touch(
         tmp_path, "b/2.jpg", "b/deep/er/1.PNG", "b/10.jpeg", "a/z.webp", "a/notes.txt", "C/1.tiff"
     )
@@ -26,15 +26,15 @@ def test_labelled__same_samples_as_torchvision(tmp_path: Path) -> None:
     assert found == set(theirs.samples)
 
 
-def test_unlabelled__any_depth_in_one_order(tmp_path: Path) -> None:
+def test_unlabeled__any_depth_in_one_order(tmp_path: Path) -> None:
     touch(tmp_path, "x/2.jpg", "1.jpg", "x/y/3.jpg", ".hidden/4.jpg", "._1.jpg", "readme.md")
-    images = list_images(tmp_path, labelled=False)
+    images = list_images(tmp_path, labeled=False)
     assert sorted(images.path(i) for i in range(len(images))) == [
         str(tmp_path / name) for name in ("1.jpg", "x/2.jpg", "x/y/3.jpg")
     ]
     assert images.labels.tolist() == [-1, -1, -1]
     assert images.classes == ()
-    again = list_images(tmp_path, labelled=False)
+    again = list_images(tmp_path, labeled=False)
     assert (again.names == images.names).all()
 
 
@@ -48,7 +48,7 @@ def test_unusual_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "labelled", "error", "message"),
+    ("names", "labeled", "error", "message"),
     [
         ((), True, ValueError, r"data\.train_path: there are no images \(\.jpg, .*\) in '.*data'"),
         ((), False, ValueError, r"data\.train_path: there are no images"),
@@ -62,11 +62,11 @@ def test_unusual_names(tmp_path: Path) -> None:
         (("a/1.jpg", "b/notes.txt"), True, ValueError, "the class folder '.*b' has no images"),
     ],
 )
-def test_bad_folders(tmp_path: Path, names: Any, labelled: bool, error: Any, message: str) -> None:
+def test_bad_folders(tmp_path: Path, names: Any, labeled: bool, error: Any, message: str) -> None:
     root = tmp_path / "data"
     root.mkdir()
     with pytest.raises(error, match=message):
-        list_images(touch(root, *names), labelled=labelled)
+        list_images(touch(root, *names), labeled=labeled)
 
 
 def test_links_and_pipes(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_links_and_pipes(tmp_path: Path) -> None:
     assert [Path(images.path(i)).name for i in range(3)] == ["1.jpg", "gone.jpg", "2.jpg"]
     assert len(images) == 3
     (tmp_path / "data/a/loop").symlink_to(tmp_path / "data")
-    for labelled in (True, False):
+    for labeled in (True, False):
         with pytest.raises(ValueError, match="a/loop is a link to a folder that holds it"):
-            list_images(tmp_path / "data", labelled=labelled)
+            list_images(tmp_path / "data", labeled=labeled)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_fraction__same_share_of_every_class() -> None:
     assert (take_fraction(labels, 0.1, seed=1) != chosen).any()
 
 
-def test_fraction__unlabelled_and_all() -> None:
+def test_fraction__unlabeled_and_all() -> None:
     labels = np.full(50, -1)
     assert len(take_fraction(labels, 0.5)) == 25
     for everything in (None, -1, -1.0, 1, 1.0):

@@ -68,7 +68,7 @@ def test_indexes_are_true_whether_encoded_into_labels_or_not(
         assert targets.tolist() == labels[indexes.numpy()].tolist()
 
 
-def test_unlabelled(data_cfg: Any) -> None:
+def test_unlabeled(data_cfg: Any) -> None:
     loader = pretrain_loader(data_cfg(data__no_labels=True))
     assert all((batch[2] == -1).all() for batch in loader)
 

@@ -61,7 +61,7 @@ def test_boxes__fallback_of_torchvision(make_pipeline: Any, height: int, width: 
     )
 
 
-def test_boxes__without_random_crop_the_largest_centred_square() -> None:
+def test_boxes__without_random_crop_the_largest_centerd_square() -> None:
     drawn = draw([{"crop_size": 8, "num_crops": 1, "rrc": {"enabled": False}}], 2, 30, 50)
     assert [drawn.top[0, 0], drawn.left[0, 0], drawn.height[0, 0], drawn.width[0, 0]] == [
         0,

@@ -57,10 +57,10 @@ def test_all_evaluations_of_real_digits(digits, compose, tmp_path):
     results = evaluate(compose("evaluate", *overrides))
     (x, y), (x_val, y_val) = by_hand["train"], by_hand["val"]
 
-    neighbours = KNeighborsClassifier(
+    neighbors = KNeighborsClassifier(
         10, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
     ).fit(x, y)
-    expected = 100 * neighbours.score(x_val, y_val)
+    expected = 100 * neighbors.score(x_val, y_val)
     assert results["knn"]["k10"]["top1"] == pytest.approx(expected)
     assert expected > 80
 

@@ -88,8 +88,8 @@ def test_linear_crops(compose, run_overrides, checkpoint, monkeypatch):
     monkeypatch.setattr(linear_run.Workbench, "features", lambda *_: None)
     with pytest.raises(Stop):
         evaluate_one(compose("linear", *run_overrides, f"checkpoint={checkpoint}"), "linear")
-    normalise = seen[0].transform.transforms[-1]
-    assert (normalise.mean, normalise.std) == (MEAN, STD)
+    normalize = seen[0].transform.transforms[-1]
+    assert (normalize.mean, normalize.std) == (MEAN, STD)
 
 
 def test_finetuning(compose, run_overrides, checkpoint, monkeypatch):
@@ -106,9 +106,9 @@ def test_finetuning(compose, run_overrides, checkpoint, monkeypatch):
     (sweep,) = sweeps
     assert (sweep.transform.mean, sweep.transform.std) == (MEAN, STD)
     steps = sweep.loader(finetune_run.Processes(), 0).dataset.transform.transforms
-    (normalise,) = (step for step in steps if isinstance(step, transforms.Normalize))
-    torch.testing.assert_close(torch.as_tensor(normalise.mean), torch.tensor(MEAN))
-    torch.testing.assert_close(torch.as_tensor(normalise.std), torch.tensor(STD))
+    (normalize,) = (step for step in steps if isinstance(step, transforms.Normalize))
+    torch.testing.assert_close(torch.as_tensor(normalize.mean), torch.tensor(MEAN))
+    torch.testing.assert_close(torch.as_tensor(normalize.std), torch.tensor(STD))
     assert str(MEAN) in sweep.binding  # no stopped training goes on with others
 
 

@@ -4,7 +4,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional as F
 
 from dinovmf_plugin.benchmarks.harness import peak_growth
-from dinovmf_plugin.features.neighbors import nearest_neighbours
+from dinovmf_plugin.features.neighbors import nearest_neighbors
 
 
 def _plain(bank, queries, k):
@@ -21,7 +21,7 @@ def _random(rows, seed, dim=16):
 @pytest.mark.parametrize("k", [1, 7, 20])
 def test_equals_a_full_sort(chunk, query_chunk, k):
     bank, queries = _random(331, 0), _random(23, 1)
-    values, ids = nearest_neighbours(bank, queries, k, chunk=chunk, query_chunk=query_chunk)
+    values, ids = nearest_neighbors(bank, queries, k, chunk=chunk, query_chunk=query_chunk)
     expected, similarity = _plain(bank, queries, k)
     torch.testing.assert_close(values.double(), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(similarity.gather(1, ids), expected)
@@ -30,7 +30,7 @@ def test_equals_a_full_sort(chunk, query_chunk, k):
 
 def test_equals_sklearn():
     bank, queries = _random(200, 2), _random(11, 3)
-    values, ids = nearest_neighbours(bank, queries, 9, chunk=32)
+    values, ids = nearest_neighbors(bank, queries, 9, chunk=32)
     reference = NearestNeighbors(n_neighbors=9, metric="cosine", algorithm="brute").fit(
         bank.numpy()
     )
@@ -44,14 +44,14 @@ def test_a_bank_that_gets_better_row_by_row():
     angle = torch.linspace(3.0, 0.0, 640)
     bank = torch.stack([angle.cos(), angle.sin()], dim=1)
     queries = torch.tensor([[1.0, 0.0]]).expand(6, 2) * torch.arange(1, 7)[:, None]
-    values, ids = nearest_neighbours(bank, queries, 50, chunk=64)
+    values, ids = nearest_neighbors(bank, queries, 50, chunk=64)
     assert ids.tolist() == [list(range(639, 589, -1))] * 6
     torch.testing.assert_close(values[0], angle.flip(0)[:50].cos(), atol=1e-6, rtol=0)
 
 
 def test_duplicates_and_zero_rows_are_harmless():
     bank = torch.cat([torch.zeros(3, 4), torch.ones(40, 4), -torch.ones(40, 4)])
-    values, ids = nearest_neighbours(bank, torch.ones(2, 4), 45, chunk=16)
+    values, ids = nearest_neighbors(bank, torch.ones(2, 4), 45, chunk=16)
     assert values[0].tolist() == pytest.approx([1.0] * 40 + [0.0] * 3 + [-1.0] * 2)
     assert set(ids[0, :40].tolist()) == set(range(3, 43))
     assert set(ids[0, 40:43].tolist()) == {0, 1, 2}
@@ -65,7 +65,7 @@ def test_memory_depends_on_the_chunks_only(kind):
         bank, queries = torch.ones_like(bank), torch.ones_like(queries)
     found = []
     peak = peak_growth(
-        lambda: found.append(nearest_neighbours(bank, queries, 10, chunk=1024, query_chunk=256))
+        lambda: found.append(nearest_neighbors(bank, queries, 10, chunk=1024, query_chunk=256))
     )
     assert peak < 50e6
     values, ids = found[0]
@@ -76,23 +76,23 @@ def test_memory_depends_on_the_chunks_only(kind):
 
 def test_half_precision_bank_and_whole_bank():
     bank, queries = _random(50, 4), _random(3, 5)
-    values, ids = nearest_neighbours(bank.half(), queries.half(), 50, chunk=8)
+    values, ids = nearest_neighbors(bank.half(), queries.half(), 50, chunk=8)
     expected, _ = _plain(bank.half(), queries.half(), 50)
     torch.testing.assert_close(values.double(), expected, atol=1e-6, rtol=0)
     assert sorted(ids[0].tolist()) == list(range(50))
 
 
 def test_no_queries():
-    values, ids = nearest_neighbours(_random(5, 6), torch.empty(0, 16), 2)
+    values, ids = nearest_neighbors(_random(5, 6), torch.empty(0, 16), 2)
     assert values.shape == ids.shape == (0, 2)
 
 
 @pytest.mark.parametrize("k", [0, 6])
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"k={k} .* 5 rows"):
-        nearest_neighbours(_random(5, 6), _random(2, 7), k)
+        nearest_neighbors(_random(5, 6), _random(2, 7), k)
 
 
 def test_widths_must_agree():
     with pytest.raises(ValueError, match="same number of dimensions"):
-        nearest_neighbours(_random(5, 6), _random(2, 7, dim=8), 1)
+        nearest_neighbors(_random(5, 6), _random(2, 7, dim=8), 1)

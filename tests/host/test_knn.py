@@ -13,11 +13,11 @@ WeightedKNNClassifier = pytest.importorskip("solo.utils.knn").WeightedKNNClassif
 
 def _data(classes: int = 6, train: int = 40, test: int = 13) -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(0)
-    centres = torch.randn(classes, 5, generator=g)
+    centers = torch.randn(classes, 5, generator=g)
     labels = torch.arange(train) % classes
-    bank = (centres[labels] + torch.randn(train, 5, generator=g)) * (1 + torch.rand(train, 1))
+    bank = (centers[labels] + torch.randn(train, 5, generator=g)) * (1 + torch.rand(train, 1))
     test_labels = torch.arange(test) % classes
-    queries = centres[test_labels] + torch.randn(test, 5, generator=g)
+    queries = centers[test_labels] + torch.randn(test, 5, generator=g)
     return bank, labels, queries, test_labels
 
 

@@ -46,12 +46,12 @@ def pictures(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 2)):
-        for label, colour in (("blue", (40, 40, 200)), ("red", (200, 40, 40))):
+        for label, color in (("blue", (40, 40, 200)), ("red", (200, 40, 40))):
             folder = root / split / label
             folder.mkdir(parents=True)
             for i in range(count):
                 noise = rng.integers(-30, 30, (40, 40, 3))
-                pixels = np.clip(np.array(colour) + noise, 0, 255).astype("uint8")
+                pixels = np.clip(np.array(color) + noise, 0, 255).astype("uint8")
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
 

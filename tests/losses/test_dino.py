@@ -219,7 +219,7 @@ def test_every_cell__two_steps__values_and_gradients_equal_numpy(normalization, 
 
 
 @pytest.mark.parametrize("centering_name", ["logit", "probability"])
-def test_vmf_at_initialisation__equals_none(centering_name):
+def test_vmf_at_initialization__equals_none(centering_name):
     """All magnitudes 1: the normaliser is one constant, which softmax and centre do not see."""
     losses, gradients = [], []
     for normalization in ("none", "vmf"):

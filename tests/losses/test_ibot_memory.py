@@ -10,7 +10,7 @@ from dinovmf_plugin.benchmarks import memory
 SMALL = {**memory.DEFAULTS, "batch": 3, "crops": 2, "grid": 14, "prototypes": 40, "dim": 16}
 
 
-def test_candidates__same_loss_centre_and_gradients():
+def test_candidates__same_loss_center_and_gradients():
     load = memory.Workload(SMALL)
     ours, plain = load.run("ibot"), load.run("plain")
     assert 0 < int(load.masks.sum()) < load.masks.numel()

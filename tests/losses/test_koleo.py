@@ -12,7 +12,7 @@ from dinovmf_plugin.losses.koleo import koleo_loss
 from dinovmf_plugin.mixture.utilization import duplicate_groups
 
 
-def test_koleo__equals_scipy_neighbours():
+def test_koleo__equals_scipy_neighbors():
     points = torch.randn(1500, 8, generator=torch.Generator().manual_seed(0)) * 3
     unit = F.normalize(points.double(), dim=-1).numpy()
     distance = cKDTree(unit).query(unit, k=2)[0][:, 1]

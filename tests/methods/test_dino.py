@@ -203,19 +203,19 @@ def test_teacher__equals_the_student_at_the_start_on_its_own_storage(tiny_cfg, b
     assert len(set(pointers)) == len(pointers)
 
 
-def test_teacher__has_no_gradient_and_is_left_out_of_the_optimiser(
+def test_teacher__has_no_gradient_and_is_left_out_of_the_optimizer(
     tiny_cfg, crop_loader, build, fit
 ):
     module = build(tiny_cfg(max_epochs=1))
     before = {name: p.clone() for name, p in module.named_parameters()}
     trainer = fit(module, crop_loader(1))
-    optimised = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    optimized = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
     for student, teacher in _pairs(module):
-        assert all(id(p) in optimised for p in student.parameters() if p.requires_grad)
+        assert all(id(p) in optimized for p in student.parameters() if p.requires_grad)
         for parameter in teacher.parameters():
             assert not parameter.requires_grad
             assert parameter.grad is None
-            assert id(parameter) not in optimised
+            assert id(parameter) not in optimized
     # after one step the two differ: neither is a reference to the other
     after = dict(module.named_parameters())
     moved = [

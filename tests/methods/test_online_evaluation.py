@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 def test_labels__reach_the_classifier_and_nothing_else(tiny_cfg, make_crops, build, fit):
     gradients = []
-    for labelled in (True, False):
+    for labeled in (True, False):
         module = build(tiny_cfg(max_epochs=1))
-        batch = make_crops(labelled=labelled)
+        batch = make_crops(labeled=labeled)
         seen: dict[str, torch.Tensor] = {}
         keep = Callback()
         keep.on_before_optimizer_step = lambda trainer, m, optimizer, seen=seen: seen.update(

@@ -44,7 +44,7 @@ def test_groups__decay_magnitudes_switch(tiny_cfg, build, switch, group):
     assert found == [group]
 
 
-def test_groups__l2_magnitudes_are_not_optimised(tiny_cfg, build):
+def test_groups__l2_magnitudes_are_not_optimized(tiny_cfg, build):
     module = build(tiny_cfg(**{"method_kwargs.normalization": "l2"}))
     grouped = [p for g in module.parameter_groups() for p in g["params"]]
     assert not any(p is module.head.last_layer.weight_g for p in grouped)

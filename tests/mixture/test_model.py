@@ -95,7 +95,7 @@ def test_uniform_weights__differ_from_the_model_where_plain_dino_has_free_norms(
     assert proper.assign(mu).tolist() == [1]
 
 
-def test_center_log_weights__follow_the_units_of_the_centre():
+def test_center_log_weights__follow_the_units_of_the_center():
     usage = torch.tensor([0.5, 0.3, 0.2])
     common = {"temperature": 0.05}
     for centering, normalization, raw_scores, center in (

@@ -95,7 +95,7 @@ def test_what_needs_the_whole_batch__differs(method, key, value, train):
     assert _distance(whole, halves) > 1e-5
 
 
-def test_centre__moves_with_every_micro_batch(train):
+def test_center__moves_with_every_micro_batch(train):
     """m (m c + (1 - m) b1) + (1 - m) b2 in place of m c + (1 - m) (b1 + b2) / 2, from c = 0."""
     m = 0.75
     (whole, _), (halves, _) = (

@@ -56,7 +56,7 @@ def test_signal_to_all_processes__saved_at_once_and_continued(
     _check_continues(start, recipe, undisturbed, only_file, assert_same_run, ended, workers)
 
 
-def test_sigterm__gradient_accumulation__ends_with_an_optimiser_step(
+def test_sigterm__gradient_accumulation__ends_with_an_optimizer_step(
     stopped, start, recipe, undisturbed, only_file, assert_same_run
 ):
     more = ("accumulate_grad_batches=2", "max_epochs=8", "data.num_workers=0")

@@ -258,7 +258,7 @@ def test_training__is_not_changed():
     assert torch.equal(run(MixtureMonitor(1)), run(Callback()))
 
 
-def test_accumulation__makes_one_record_per_optimiser_step(tmp_path):
+def test_accumulation__makes_one_record_per_optimizer_step(tmp_path):
     path = tmp_path / "h.jsonl"
     fit(
         FakeMethod(random_record),

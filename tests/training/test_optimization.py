@@ -97,7 +97,7 @@ def test_schedules__per_step__equal_the_official_tables(tiny_cfg, crop_loader, b
             assert group["weight_decay"] == pytest.approx(wd, rel=1e-9), (step, group["name"])
 
 
-def test_schedules__gradient_accumulation__counts_optimiser_steps(
+def test_schedules__gradient_accumulation__counts_optimizer_steps(
     tiny_cfg, crop_loader, build, fit
 ):
     cfg = _schedule_cfg(tiny_cfg, max_epochs=2, **{"method_kwargs.final_weight_decay": 0.4})
@@ -154,7 +154,7 @@ def test_first_step_at_learning_rate_zero__moves_nothing(tiny_cfg, crop_loader, 
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_teacher__follows_the_student_after_every_optimiser_step(
+def test_teacher__follows_the_student_after_every_optimizer_step(
     tiny_cfg, crop_loader, build, fit, accumulate
 ):
     cfg = tiny_cfg(max_epochs=2, **{"momentum.base_tau": 0.6, "momentum.final_tau": 0.95})

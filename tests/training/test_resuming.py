@@ -159,7 +159,7 @@ def test_compare__other_steps__told_at_the_end_of_an_epoch_refused_within(key, v
         ("method_kwargs.normalization", "l2"),
     ],
 )
-def test_compare__another_network_or_optimiser__refused(key, value):
+def test_compare__another_network_or_optimizer__refused(key, value):
     with pytest.raises(ValueError, match=rf"^{key}={value!r} differs from the checkpoint's"):
         _compare(_cfg(**{key: value}))
 

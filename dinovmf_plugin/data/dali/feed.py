@@ -64,7 +64,7 @@ class EncodedReader:
         self._pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="image-reader")
 
     def batches(self, order: Iterator[Indices]) -> Iterator[EncodedBatch]:
-        """Yields the batches of an epoch.
+        """Yield the batches of an epoch.
 
         Raises:
             RuntimeError: a file cannot be read; the message names it.
@@ -197,11 +197,11 @@ class Feed:
         self.in_flight.clear()
 
     def stop(self) -> None:
-        """Ends the epoch early: the next call raises StopIteration."""
+        """End the epoch early: the next call raises StopIteration."""
         self._prepared = iter(())
 
     def _prepare(self, order: Iterator[Indices], epoch: int) -> Iterator[tuple[Indices, Inputs]]:
-        """Yields indices and inputs of each batch, made in a thread one batch ahead."""
+        """Yield indices and inputs of each batch, made in a thread one batch ahead."""
         batches = self._reader.batches(order)
 
         def following() -> tuple[Indices, Inputs] | None:

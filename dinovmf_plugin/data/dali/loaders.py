@@ -80,7 +80,7 @@ class _Runner:
     def run(
         self, order: Iterator[Indices], epoch: int
     ) -> Iterator[tuple[Indices, list[torch.Tensor]]]:
-        """Yields indices and outputs of each batch."""
+        """Yield indices and outputs of each batch."""
         self._drain()
         self._feed.start(order, epoch)
         self._running = True
@@ -247,7 +247,7 @@ class DALIEvaluationLoader:
         return -(-len(self._images) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields the batches in order."""
+        """Yield the batches in order."""
         indices = np.arange(len(self._images))
         order = (
             indices[i : i + self._batch_size] for i in range(0, len(indices), self._batch_size)

@@ -112,7 +112,7 @@ def crop_pipeline(
     num_threads: int,
     device_id: int | None,
 ) -> Pipeline:
-    """Builds the training pipeline.
+    """Build the training pipeline.
 
     Args:
         source: callback that returns the inputs of a batch, see ``dali_feed.crop_inputs``.
@@ -150,7 +150,7 @@ def center_crop_pipeline(
     num_threads: int,
     device_id: int | None,
 ) -> Pipeline:
-    """Builds the evaluation pipeline; its one output is ``(B, 3, size, size)`` float32.
+    """Build the evaluation pipeline; its one output is ``(B, 3, size, size)`` float32.
 
     Args:
         source: callback that returns the inputs of a batch, see ``dali_feed.center_inputs``.
@@ -175,7 +175,7 @@ def center_crop_pipeline(
 def decoding_pipeline(
     source: Callable[[], list[Any]], *, device: str, device_id: int | None
 ) -> Pipeline:
-    """Builds a pipeline that decodes one image: ``(1, H, W, 3)`` uint8.
+    """Build a pipeline that decodes one image: ``(1, H, W, 3)`` uint8.
 
     Args:
         source: callback that returns the file's bytes as a uint8 array, in a list.

@@ -92,7 +92,7 @@ def _head_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keeps the highest ``bits`` of every channel; none leaves black, which Pillow 13 refuses to do.
+    """Keep the highest ``bits`` of every channel; none leaves black, which Pillow 13 refuses to do.
 
     Random magnitudes of RandAugment reach 0 bits (about one image in 300 of the recipes).
     """
@@ -278,7 +278,7 @@ class FineTuner:
         return torch.autocast(self.device.type, self.precision)
 
     def train_epoch(self, loader: Any, epoch: int) -> Iterator[tuple[int, float]]:
-        """Trains one epoch; yields (images, loss) after every update.
+        """Train one epoch; yield (images, loss) after every update.
 
         Raises:
             ValueError: if the loss is not finite.

@@ -61,7 +61,7 @@ def multinomial_regression(
 
 @contextmanager
 def quiet_convergence() -> Iterator[None]:
-    """Silences the warning of each unfinished fit; the results count them instead."""
+    """Silence the warning of each unfinished fit; the results count them instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield

@@ -78,7 +78,7 @@ def _blas_threads() -> int:
 
 
 def check_folds(labels: ArrayLike, folds: int, name: str = "training set") -> None:
-    """Refuses labels that would leave a class out of a fold.
+    """Refuse labels that would leave a class out of a fold.
 
     Raises:
         ValueError: if a class has fewer images than there are folds, or there is one class only.

@@ -42,13 +42,13 @@ def kind_of(truth: QueryTruth, index: int) -> str:
 
 
 def _cell(path: Path, kind: str) -> Image.Image:
-    letter, colour = _KINDS[kind]
+    letter, color = _KINDS[kind]
     image, _ = read_image(path, 2 * _CELL)
     inner = _CELL - 2 * _BORDER
     image = ImageOps.pad(image, (inner, inner), color=(255, 255, 255))
-    cell = ImageOps.expand(image, _BORDER, fill=colour)
+    cell = ImageOps.expand(image, _BORDER, fill=color)
     draw = ImageDraw.Draw(cell)
-    draw.rectangle((0, 0, 15, 15), fill=colour)
+    draw.rectangle((0, 0, 15, 15), fill=color)
     draw.text((4, 2), letter, fill=(255, 255, 255))
     return cell
 

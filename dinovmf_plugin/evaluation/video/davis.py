@@ -65,11 +65,11 @@ def davis_palette() -> list[int]:
         ([128, 0, 0], [0, 128, 0], [128, 128, 0])
     """
     labels = np.arange(256)
-    colours = np.zeros((256, 3), dtype=np.int64)
+    colors = np.zeros((256, 3), dtype=np.int64)
     for place in range(8):
         for channel in range(3):
-            colours[:, channel] |= (labels >> (3 * place + channel) & 1) << (7 - place)
-    return colours.ravel().tolist()
+            colors[:, channel] |= (labels >> (3 * place + channel) & 1) << (7 - place)
+    return colors.ravel().tolist()
 
 
 def write_annotation(path: Path, labels: NDArray[np.integer]) -> None:

@@ -29,8 +29,8 @@ def overlay(frame: Image.Image, labels: NDArray[np.integer], opacity: float = 0.
     """
     pixels = np.asarray(frame.convert("RGB"), dtype=np.float32)
     labels = np.where(labels == VOID, 0, labels)
-    colours = np.asarray(davis_palette(), dtype=np.float32).reshape(256, 3)[labels]
-    mixed = np.where(labels[..., None] > 0, (1 - opacity) * pixels + opacity * colours, pixels)
+    colors = np.asarray(davis_palette(), dtype=np.float32).reshape(256, 3)[labels]
+    mixed = np.where(labels[..., None] > 0, (1 - opacity) * pixels + opacity * colors, pixels)
     padded = np.pad(labels, ((0, 1), (0, 1)), mode="edge")
     mixed[(labels != padded[1:, :-1]) | (labels != padded[:-1, 1:])] = 255
     return Image.fromarray(mixed.round().astype(np.uint8))

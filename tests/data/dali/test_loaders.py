@@ -20,9 +20,9 @@ from dinovmf_plugin.data.sampling import EpochPlan
 @pytest.fixture
 def make_loader(folder: Path, multicrop: list[dict[str, Any]]) -> Any:
     def make(
-        num_threads: int = 1, root: Path = folder, labelled: bool = True, **plan: Any
+        num_threads: int = 1, root: Path = folder, labeled: bool = True, **plan: Any
     ) -> DALILoader:
-        images = list_images(root, labelled=labelled)
+        images = list_images(root, labeled=labeled)
         epochs = EpochPlan(**{"num_samples": len(images), "batch_size": 4, "seed": 1, **plan})
         return DALILoader(
             images, parse_recipe(multicrop), epochs, device="cpu", num_threads=num_threads
@@ -134,14 +134,14 @@ def test_ranks_share_the_epoch_and_the_crops(make_loader: Any) -> None:
     assert len(seen.unique()) == len(seen) == 16
 
 
-def test_unlabelled_flat_folder_of_other_formats(
+def test_unlabeled_flat_folder_of_other_formats(
     make_loader: Any, tmp_path: Path, picture: Any
 ) -> None:
     for n, ending in enumerate(("jpg", "png", "webp", "bmp", "tiff", "ppm")):
         picture(n, 40, 50).save(tmp_path / f"{n}.{ending}")
     picture(7, 40, 50).convert("L").save(tmp_path / "grey.jpg")
     picture(8, 40, 50).convert("RGBA").save(tmp_path / "alpha.png")
-    loader = make_loader(root=tmp_path, labelled=False)
+    loader = make_loader(root=tmp_path, labeled=False)
     batches = list(loader)
     assert len(batches) == 2
     assert all((batch[2] == -1).all() for batch in batches)

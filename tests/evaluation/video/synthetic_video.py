@@ -47,7 +47,7 @@ class _Blob:
 
     texture: NDArray[np.float64]
     waves: NDArray[np.float64]
-    centre: NDArray[np.float64]
+    center: NDArray[np.float64]
     velocity: NDArray[np.float64]
     radius: float
     angle: float
@@ -58,7 +58,7 @@ class _Blob:
         self, rows: NDArray[np.float64], cols: NDArray[np.float64]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
         """Mask, and the coordinates in the blob's own frame, to which its texture is glued."""
-        dy, dx = rows - self.centre[0], cols - self.centre[1]
+        dy, dx = rows - self.center[0], cols - self.center[1]
         sin, cos = np.sin(self.angle), np.cos(self.angle)
         y, x = (cos * dy - sin * dx) / self.radius, (sin * dy + cos * dx) / self.radius
         theta = np.arctan2(y, x)
@@ -69,12 +69,12 @@ class _Blob:
         return np.hypot(y, x) < edge, y, x
 
     def step(self, size: tuple[int, int]) -> None:
-        self.centre = self.centre + self.velocity
+        self.center = self.center + self.velocity
         for axis in range(2):
             low, high = 0.6 * self.radius, size[axis] - 0.6 * self.radius
-            if not low <= self.centre[axis] <= high:
+            if not low <= self.center[axis] <= high:
                 self.velocity[axis] *= -1
-                self.centre[axis] = np.clip(self.centre[axis], low, high)
+                self.center[axis] = np.clip(self.center[axis], low, high)
         self.angle += self.spin
         self.radius *= self.growth
 
@@ -86,7 +86,7 @@ def _blob(rng: np.random.Generator, size: tuple[int, int], place: float) -> _Blo
     return _Blob(
         texture=_texture(rng),
         waves=np.stack([rng.uniform(0, 0.18, 3), rng.uniform(0, 2 * np.pi, 3)], axis=1),
-        centre=np.array([rng.uniform(0.3, 0.7) * size[0], place * size[1]]),
+        center=np.array([rng.uniform(0.3, 0.7) * size[0], place * size[1]]),
         velocity=speed * np.array([np.sin(direction), np.cos(direction)]),
         radius=radius,
         angle=0.0,

@@ -18,16 +18,16 @@ def test_palette__is_pillows_reading_of_the_voc_formula(tmp_path):
     davis.write_annotation(tmp_path / "all.png", labels)
     assert (davis.read_annotation(tmp_path / "all.png") == labels).all()
     with Image.open(tmp_path / "all.png") as image:
-        colours = np.asarray(image.convert("RGB")).reshape(256, 3)
-    assert len(np.unique(colours, axis=0)) == 256
+        colors = np.asarray(image.convert("RGB")).reshape(256, 3)
+    assert len(np.unique(colors, axis=0)) == 256
     for label in range(256):
         bits = [label >> place & 1 for place in range(8)]
         for channel in range(3):
             own = bits[channel::3]  # lowest first; the lowest is the strongest
-            assert colours[label, channel] == sum(bit << (7 - i) for i, bit in enumerate(own))
+            assert colors[label, channel] == sum(bit << (7 - i) for i, bit in enumerate(own))
 
 
-def test_frame__size_and_normalisation(tmp_path):
+def test_frame__size_and_normalization(tmp_path):
     assert davis.frame_size(480, 854, 480, (8, 8)) == (480, 832)
     assert davis.frame_size(854, 480, 480, (16, 16)) == (832, 480)
     assert davis.frame_size(480, 480, 480, (16, 16)) == (480, 448)
