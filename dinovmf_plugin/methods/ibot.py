@@ -123,8 +123,8 @@ class IBOT(DINOMultiCrop):
     @classmethod
     def check_config(cls, cfg: DictConfig) -> None:
         """Check what lies outside ``method_kwargs``."""
-        super().check_config(cfg)
         check_vit(cfg)
+        super().check_config(cfg)
         check_maskable(cfg)
 
     def initialize_from_checkpoint(self) -> None:

@@ -101,8 +101,8 @@ class MSN(SelfDistillation):
     @classmethod
     def check_config(cls, cfg: DictConfig) -> None:
         """Check what lies outside ``method_kwargs``."""
-        super().check_config(cfg)
         check_vit(cfg)
+        super().check_config(cfg)
         if cfg.data.num_large_crops != 2:
             raise ValueError(
                 f"augmentations give {cfg.data.num_large_crops} large crops, but {cfg.method} needs 2: the "
