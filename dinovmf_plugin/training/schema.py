@@ -97,6 +97,7 @@ def check_values(cfg: DictConfig) -> None:
         ValueError: one sentence that names the key, the value and what would be right.
 
     Example:
+        >>> from omegaconf import OmegaConf
         >>> check_values(OmegaConf.create({"optimizer": {"batch_size": "64 images"}}))
         Traceback (most recent call last):
         ...
