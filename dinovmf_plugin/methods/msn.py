@@ -103,6 +103,11 @@ class MSN(SelfDistillation):
         """Check what lies outside ``method_kwargs``."""
         check_vit(cfg)
         super().check_config(cfg)
+        if cfg.method_kwargs.use_bn_in_head and cfg.optimizer.batch_size == 1:
+            raise ValueError(
+                f"optimizer.batch_size=1 is too small for {cfg.method} with "
+                "method_kwargs.use_bn_in_head=True: BatchNorm needs at least 2 images a process"
+            )
         if cfg.data.num_large_crops != 2:
             raise ValueError(
                 f"augmentations give {cfg.data.num_large_crops} large crops, but {cfg.method} needs 2: the "

@@ -178,7 +178,14 @@ class Checkpointer(HostCheckpointer):
                 flush=True,
             )
         release_locks()  # the requeued job may start before this process has ended
-        self.stop.pass_on()
+        # Lightning writes a checkpoint of its own beside ours before it requeues: recorded, as the oldest,
+        # so that it goes like the others instead of being found again by a later job
+        usual = trainer.strategy.checkpoint_io
+        trainer.strategy.checkpoint_io = _WholeFile(self._record, (-1, 0))
+        try:
+            self.stop.pass_on()
+        finally:
+            trainer.strategy.checkpoint_io = usual
         if trainer.local_rank == 0:  # Lightning kills a parent whose child's status is not 0
             exception.code = 128 + self.stop.agreed
 

@@ -323,3 +323,8 @@ def test_sync_batchnorm__auto_accelerator_without_a_gpu__is_named(msn_cfg, build
     cfg = msn_cfg(**{"accelerator": "auto", "sync_batchnorm": True, "devices": 2})
     with pytest.raises(ValueError, match="devices=2 on CPUs cannot have sync_batchnorm=True"):
         build(cfg)
+
+
+def test_one_image_a_batch__is_too_few_for_batchnorm(tiny_cfg, build):
+    with pytest.raises(ValueError, match=r"optimizer\.batch_size=1 is too small for msn"):
+        build(tiny_cfg("msn", **{"optimizer.batch_size": 1, "method_kwargs.use_bn_in_head": True}))

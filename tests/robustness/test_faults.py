@@ -34,7 +34,7 @@ def _check_last(message: str, reason: str, root: Path, names: list[str]) -> None
     assert "demo-ep1.ckpt is untouched" in message
     assert names == ["demo-ep1.ckpt", "previous/demo-ep0.ckpt"]
     assert all(is_whole(path) for path in root.rglob("*.ckpt"))
-    assert not list(root.rglob("*.tmp"))
+    assert not list(root.rglob("*.part"))
 
 
 def test_file_size_limit__while_a_checkpoint_is_written(

@@ -74,18 +74,19 @@ def slow(content, file, *args, **kwargs):
     save(content, file, *args, **kwargs)
     if content["epoch"] == 2:
         file.truncate(file.tell() // 2)
+        open(MARKER, "w").close()
         time.sleep(600)
 torch.save = slow
 """,
     "before the rename": """
 import os, time
-sync, calls = os.fsync, []
-def slow(descriptor):
-    calls.append(descriptor)
-    sync(descriptor)
-    if len(calls) == 3:
+replace = os.replace
+def slow(source, target, **kwargs):
+    if str(target).endswith("demo-ep2.ckpt"):
+        open(MARKER, "w").close()
         time.sleep(600)
-os.fsync = slow
+    replace(source, target, **kwargs)
+os.replace = slow
 """,
     "between rename and tidying": """
 import time
@@ -94,7 +95,7 @@ tidy, calls = Checkpointer._tidy, []
 def slow(self, newest):
     calls.append(newest)
     if len(calls) == 3:
-        newest.with_suffix(".ckpt.tmp").touch()
+        open(MARKER, "w").close()
         time.sleep(600)
     tidy(self, newest)
 Checkpointer._tidy = slow
@@ -104,14 +105,12 @@ Checkpointer._tidy = slow
 
 @pytest.mark.parametrize("moment", HANG)
 def test_killed_while_a_checkpoint_is_written(
-    moment, start, recipe, undisturbed, only_file, checkpoints, assert_same_run
+    moment, start, recipe, undisturbed, only_file, checkpoints, assert_same_run, tmp_path
 ):
     """The third checkpoint hangs at that moment; the two before it are what the restart finds."""
-    run = start(*recipe(), prelude=HANG[moment])
-    run.wait_until(
-        lambda: "demo-ep1.ckpt" in checkpoints() and checkpoints(pattern="demo-ep2*.tmp")
-    )
-    time.sleep(0.1)
+    marker = tmp_path / "hangs"
+    run = start(*recipe(), prelude=f"MARKER = {str(marker)!r}\n{HANG[moment]}")
+    run.wait_until(marker.exists)
     run.kill()
     assert run.end().status == -signal.SIGKILL
     after = 3 if moment == "between rename and tidying" else 2
@@ -122,5 +121,5 @@ def test_killed_while_a_checkpoint_is_written(
     assert resumed.status == 0, resumed.err
     assert f"demo-ep{after - 1}.ckpt" in resumed.out
     assert checkpoints() == ["demo-ep5.ckpt", "previous/demo-ep4.ckpt"]
-    assert checkpoints(pattern="*.tmp") == []
+    assert checkpoints(pattern="*.part") == []
     assert_same_run(undisturbed(), only_file())
