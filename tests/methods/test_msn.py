@@ -299,6 +299,7 @@ def test_momentum__is_a_line_that_the_run_does_not_finish(msn_cfg, build, monkey
     ("key", "value", "message"),
     [
         ("backbone.name", "resnet18", "backbone.name='resnet18' cannot train msn"),
+        ("optimizer.batch_size", 1, "optimizer.batch_size=1 is too small for msn"),
         ("data.num_large_crops", 3, "augmentations give 3 large crops, but msn needs 2"),
         ("sync_batchnorm", True, "devices=2 on CPUs cannot have sync_batchnorm=True"),
         ("method_kwargs.patch_drop", 1.0, "method_kwargs.patch_drop=1.0"),
@@ -323,8 +324,3 @@ def test_sync_batchnorm__auto_accelerator_without_a_gpu__is_named(msn_cfg, build
     cfg = msn_cfg(**{"accelerator": "auto", "sync_batchnorm": True, "devices": 2})
     with pytest.raises(ValueError, match="devices=2 on CPUs cannot have sync_batchnorm=True"):
         build(cfg)
-
-
-def test_one_image_a_batch__is_too_few_for_batchnorm(tiny_cfg, build):
-    with pytest.raises(ValueError, match=r"optimizer\.batch_size=1 is too small for msn"):
-        build(tiny_cfg("msn", **{"optimizer.batch_size": 1, "method_kwargs.use_bn_in_head": True}))
