@@ -81,7 +81,7 @@ def test_run__leaves_everything_in_one_folder(pictures, tmp_path):
     assert content["epoch"] == 1
     cfg = content["dinovmf_plugin"]["cfg"]
     assert cfg == json.loads((folder / "args.json").read_text())
-    assert cfg["optimizer"]["lr"] == pytest.approx(8e-3 * 4 / 256)
+    assert cfg["optimizer"]["lr"] == pytest.approx(3.2e-3 * 4 / 256)
     with open(next(folder.rglob("metrics.csv"))) as file:
         rows = list(csv.DictReader(file))
     for name in ("train_loss_step", "val_acc1", "val_knn_acc1", "tau"):
