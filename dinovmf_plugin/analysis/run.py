@@ -277,7 +277,10 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
     loaded = {"checkpoint": model, **others}
     digests = {key: network.record["sha256"] for key, network in loaded.items()}
     # Only now: what cannot be analysed must not bind the folder to itself.
-    folder = open_run_folder(settings.output_dir, {**settings.identity(), "sha256": digests})
+    bound = {**settings.identity(), "sha256": digests}
+    folder = open_run_folder(
+        settings.output_dir, bound, ("analysis.json", "analysis.html", "gallery.html")
+    )
 
     measured, found, hits = _measure(settings, model, sets)
     scored, summary = score_images(
@@ -290,7 +293,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         **measured,
         "mixture": {"weights": settings.weights, **summary},
         "comparison": {key: _measure(settings, other, sets)[0] for key, other in others.items()},
-        "settings": {**settings.identity(), "sha256": digests, "device": str(device)},
+        "settings": {**bound, "device": str(device)},
         "versions": versions(),
     }
     groups = duplicate_groups(mixture.directions, result["void_set"]["threshold"])

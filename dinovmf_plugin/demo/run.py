@@ -27,6 +27,7 @@ from dinovmf_plugin.features.knn import knn_accuracy
 from dinovmf_plugin.pretraining import build_method
 from dinovmf_plugin.recipes import Candidate, compose_recipe
 from dinovmf_plugin.runs.files import write_json
+from dinovmf_plugin.runs.folder import open_run_folder
 from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.crops import SHEET
@@ -85,15 +86,12 @@ def run_demo(config: Mapping[str, Any]) -> dict[str, Any]:
         What ``results.json`` holds.
 
     Raises:
-        ValueError: for a setting that cannot work.
-        FileExistsError: if ``output_dir`` holds the results of an earlier demo.
+        ValueError: for a setting that cannot work, or if ``output_dir`` holds a demo of other settings.
     """
     settings = read(DemoSettings, config)
-    output = Path(settings.output_dir)
-    if (output / "results.json").exists():
-        raise FileExistsError(
-            f"output_dir={output} holds an earlier demo: choose another one, or remove it"
-        )
+    free = ("output_dir", "processes")
+    bound = {key: value for key, value in asdict(settings).items() if key not in free}
+    output = open_run_folder(settings.output_dir, bound, ("results.json", "report.html"))
     started = time.monotonic()
     pictures = demo_data.build(output / "data", settings.dataset, fraction=settings.fraction)
     first = parse_cfg(_recipe(settings, settings.methods[0], pictures))

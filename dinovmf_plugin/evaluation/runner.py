@@ -22,7 +22,8 @@ from dinovmf_plugin.evaluation.workbench import Images, Run, Workbench
 from dinovmf_plugin.features.extraction import resolve_feature
 from dinovmf_plugin.features.network import Network, load_network, load_source, untrained_like
 from dinovmf_plugin.runs.environment import pick_device, versions
-from dinovmf_plugin.runs.files import keep_previous, write_file, write_json
+from dinovmf_plugin.runs.files import write_file, write_json
+from dinovmf_plugin.runs.folder import open_run_folder
 from dinovmf_plugin.runs.settings import plain
 
 __all__ = ["check_evaluation", "evaluate", "evaluate_one"]
@@ -161,11 +162,8 @@ def evaluate(
         record["processes"] = processes.world_size
         first = processes.rank == 0
         if first:
-            output.mkdir(parents=True, exist_ok=True)
-            for suffix in (".json", ".html"):
-                aside = keep_previous(output / f"{file}{suffix}")
-                if aside is not None:
-                    print(f"kept the previous {file}{suffix} as {aside.name}")
+            # features are kept under the digests of what made them: nothing to bind
+            open_run_folder(output, results=(f"{file}.json", f"{file}.html"))
         by_network: dict[str, dict[str, Any]] = {}
         for one in networks:
             found = by_network.setdefault(one.label, {})

@@ -112,8 +112,8 @@ def test_demo__results_and_report(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{results['methods']['dino_vmf']['gain_over_untrained']:+.1f} points" in printed
 
-    with pytest.raises(FileExistsError, match=r"output_dir=.* holds an earlier demo"):
-        run_demo(_settings(folder))
+    with pytest.raises(ValueError, match=r"holds results of other settings \(seed was 0, is now 1"):
+        run_demo({**_settings(folder), "seed": 1})
 
 
 def test_interrupted_demo__goes_on_and_shows_the_whole_run(tmp_path, killed_in_epoch_2):

@@ -109,7 +109,7 @@ def test_finetuning(compose, run_overrides, checkpoint, monkeypatch):
     (normalize,) = (step for step in steps if isinstance(step, transforms.Normalize))
     torch.testing.assert_close(torch.as_tensor(normalize.mean), torch.tensor(MEAN))
     torch.testing.assert_close(torch.as_tensor(normalize.std), torch.tensor(STD))
-    assert str(MEAN) in sweep.binding  # no stopped training goes on with others
+    assert sweep.binding["mean"] == MEAN  # no stopped training goes on with others
 
 
 def test_retrieval(checkpoint, tmp_path, monkeypatch):

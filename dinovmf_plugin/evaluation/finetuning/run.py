@@ -36,7 +36,8 @@ from dinovmf_plugin.features.extraction import extract_feature_set
 from dinovmf_plugin.features.images import ImageSet, describe, loader_for, rank_share
 from dinovmf_plugin.features.network import random_name
 from dinovmf_plugin.runs.environment import pick_device, versions
-from dinovmf_plugin.runs.files import file_digest, keep_previous, write_file, write_json
+from dinovmf_plugin.runs.files import file_digest, write_file, write_json
+from dinovmf_plugin.runs.folder import open_run_folder
 from dinovmf_plugin.runs.settings import plain, read
 
 __all__ = ["classification_scores", "finetune"]
@@ -74,17 +75,15 @@ class _Sweep:
         self.transform = replace(settings.transform, **self.statistics._asdict())
         self.record = {"checkpoint": self.checkpoint, "sha256": digest, "which": run.which}
         # what a stopped training must agree on before it goes on
-        self.binding = repr(
-            (
-                self.record,
-                self.statistics,
-                settings.binding,
-                run.seed,
-                run.precision,
-                train.digest,
-                val.digest,
-            )
-        )
+        self.binding = {
+            **self.record,
+            **self.statistics._asdict(),
+            **settings.binding,
+            "seed": run.seed,
+            "precision": run.precision,
+            "train_images_digest": train.digest,
+            "val_images_digest": val.digest,
+        }
 
     def loader(self, processes: Processes, num_workers: int) -> DataLoader[Any]:
         return training_loader(
@@ -131,11 +130,6 @@ def _resume(path: Path, tuner: FineTuner, sweep: _Sweep) -> tuple[int, list[dict
     if not (sweep.settings.resume and path.is_file()):
         return 0, []
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["binding"] != sweep.binding:
-        raise ValueError(
-            f"{path} is a training with other settings, weights or images: choose another output_dir, or "
-            "finetune.resume=false to start anew"
-        )
     tuner.load_state_dict(state["tuner"])
     return len(state["epochs"]), state["epochs"]
 
@@ -175,7 +169,7 @@ def _train(sweep: _Sweep, lr: float, processes: Processes) -> dict[str, Any]:
             epochs.append(entry)
             bar.set_postfix(epoch=f"{epoch + 1}/{settings.epochs}", top1=f"{entry['top1']:.1f}")
             if first:
-                state = {"tuner": tuner.state_dict(), "epochs": epochs, "binding": sweep.binding}
+                state = {"tuner": tuner.state_dict(), "epochs": epochs}
                 write_file(folder / "last.pt", partial(torch.save, state))
                 if better:
                     weights = {k: v.contiguous() for k, v in tuner.model.state_dict().items()}
@@ -248,9 +242,7 @@ def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
         first = processes.rank == 0
         sweep.loader(processes, 0)  # refuses a batch that cannot work
         if first:
-            sweep.output.mkdir(parents=True, exist_ok=True)
-            for suffix in (".json", ".html"):
-                keep_previous(sweep.output / f"finetune{suffix}")
+            open_run_folder(sweep.output, sweep.binding, ("finetune.json", "finetune.html"))
         for lr in settings.lrs:
             results["runs"].append(_train(sweep, lr, processes))
             best = max(results["runs"], key=lambda found: found["best"]["top1"])

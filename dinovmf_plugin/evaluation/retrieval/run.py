@@ -105,7 +105,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
     patch_size = tuple(model.patch_embed.patch_size) if has_tokens(model) else (1, 1)
     for pictures in files.values():
         pictures.check_sizes(min(settings.scales), patch_size)
-    folder = open_run_folder(settings.output_dir, bound)
+    folder = open_run_folder(settings.output_dir, bound, ("results.json", "report.html"))
     features: dict[str, NDArray[np.float32]] = {}
     speed: dict[str, ExtractionReport] = {}
     for kind, pictures in files.items():

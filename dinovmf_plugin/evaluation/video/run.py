@@ -228,7 +228,7 @@ def evaluate_video_segmentation(settings: VideoSettings) -> dict[str, Any]:
     bound |= {"mean": list(statistics.mean), "std": list(statistics.std)}
     for key in ("resolution", "size", "context_frames", "radius", "topk", "temperature"):
         bound[key] = getattr(settings, key)
-    folder = open_run_folder(settings.output_dir, bound)
+    folder = open_run_folder(settings.output_dir, bound, ("results.json", "report.html"))
     todo = [sequence for sequence in sequences if not _finished(folder, sequence)]
     with tqdm(total=sum(len(s.frames) - 1 for s in todo), unit="frame") as progress:
         for sequence in todo:

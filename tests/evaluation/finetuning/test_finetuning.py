@@ -295,7 +295,7 @@ def test_a_sweep_learns_resumes_exactly_and_reports_the_best(
     assert calls == [0, 1, 2, 3, 0, 1, 2]
     assert _epochs(finetune(compose("finetune", *again))) == _epochs(whole)
     # other settings must not go on with these weights
-    with pytest.raises(ValueError, match="is a training with other settings"):
+    with pytest.raises(ValueError, match=r"of other settings \(smoothing was 0.1, is now 0.5\)"):
         finetune(compose("finetune", *again, "finetune.smoothing=0.5"))
 
 
