@@ -36,7 +36,9 @@ class DemoKnn(Settings):
 class DemoSettings(Settings):
     """Everything that ``scripts/demo.py`` can be told."""
 
-    output_dir: Annotated[Path, Doc("a new or empty folder, or that of a demo of the same settings, which goes on")] = "demo"
+    output_dir: Annotated[
+        Path, Doc("a new folder, or that of a demo of the same settings, which goes on")
+    ] = "demo"
     dataset: Annotated[
         str, OneOf(demo_data.DATASETS), Doc("pictures installed by pip, never downloaded here")
     ] = "photographs"
