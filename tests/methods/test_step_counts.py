@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 
-from dinovmf_plugin.benchmarks.launches import StepLaunches
+from dinovmf_plugin.benchmarks.launches import Launches, StepLaunches
 from dinovmf_plugin.methods.base import NonFiniteLossError
 from dinovmf_plugin.methods.ibot import IBOT
 
@@ -76,6 +77,34 @@ def test_update__is_a_handful_whatever_the_depth(tiny_cfg, crop_loader, build, f
     assert counted.phases["update"].total < 20, counted.phases["update"].operations
     assert counted.phases["after"].operations["aten::_foreach_lerp_"] == 2  # backbone and head
     assert counted.phases["after"].total < 12, counted.phases["after"].operations
+
+
+@pytest.mark.parametrize("method", ["dino_multicrop", "dino_vmf"])
+def test_bf16__every_weight_is_cast_once_a_step(
+    tiny_cfg, crop_loader, build, fit, monkeypatch, method
+):
+    """Lightning keeps no casts (``cache_enabled=False``): all crops go through a layer at once.
+
+    Only the patch embedding, a convolution, sees global and local crops one after the other.
+    """
+    module = build(tiny_cfg(method, **{"max_epochs": 1, "data.num_small_crops": 2}), depth=None)
+    names = {p.data_ptr(): name for name, p in module.named_parameters()}
+    casts: Counter[str] = Counter()
+    dispatch = Launches.__torch_dispatch__
+
+    def spy(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "aten::_to_copy" and kwargs.get("dtype") == torch.bfloat16:
+            casts[names.get(args[0].data_ptr(), "")] += 1
+        return dispatch(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(Launches, "__torch_dispatch__", spy)
+    fit(module, crop_loader(3), callbacks=[StepLaunches(step=1)], precision="bf16-mixed")
+    del casts[""]
+    for part in ("backbone.blocks", "momentum_backbone.blocks", "head.mlp", "momentum_head.mlp"):
+        assert any(name.startswith(part) for name in casts), part
+    twice = {name for name, count in casts.items() if count > 1}
+    assert twice == {f"backbone.patch_embed.proj.{name}" for name in ("weight", "bias")}
+    assert max(casts.values()) == 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
