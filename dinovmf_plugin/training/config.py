@@ -17,6 +17,7 @@ from dinovmf_plugin.data.folders import class_names
 from dinovmf_plugin.data.h5 import h5_classes
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.training.keys import check_keys
+from dinovmf_plugin.training.recipe import default_of
 from dinovmf_plugin.training.schema import LOGGERS, check_values
 from dinovmf_plugin.training.umap import check_umap
 
@@ -25,31 +26,38 @@ __all__ = ["NUM_CLASSES", "count_devices", "parse_cfg"]
 NUM_CLASSES = {"cifar10": 10, "cifar100": 100, "stl10": 10, "imagenet": 1000, "imagenet100": 100}
 DATASETS = (*NUM_CLASSES, "custom")
 
+# what the host and Lightning look up without asking whether it is there; Lightning's own keys first
 _DEFAULTS: dict[str, Any] = {
-    "seed": 5,
-    "num_nodes": 1,
-    "resume_from_checkpoint": None,
     "strategy": "auto",
     "accelerator": "auto",
     "devices": 1,
     "precision": "32-true",
-    "debug_augmentations": False,
-    "data.val_path": None,
-    "data.format": "image_folder",
-    "data.no_labels": False,
-    "data.fraction": -1,
-    "data.num_workers": 4,
-    "dali.device": "gpu",
-    "dali.encode_indexes_into_labels": False,
-    "checkpoint.enabled": False,
-    "checkpoint.dir": "trained_models",
-    "checkpoint.frequency": 1,
-    "checkpoint.keep_prev": False,
-    "auto_resume.enabled": False,
-    **{f"{name}.enabled": name == "csv" for name in LOGGERS},
-    "performance.compile": False,
-    "performance.disable_channel_last": False,
-    "performance.grad_checkpointing": False,
+    **{
+        key: default_of(key)
+        for key in (
+            "seed",
+            "num_nodes",
+            "resume_from_checkpoint",
+            "debug_augmentations",
+            "data.val_path",
+            "data.format",
+            "data.no_labels",
+            "data.fraction",
+            "data.num_workers",
+            "dali.device",
+            "dali.encode_indexes_into_labels",
+            "optimizer.classifier_lr",
+            "checkpoint.enabled",
+            "checkpoint.dir",
+            "checkpoint.frequency",
+            "checkpoint.keep_prev",
+            "auto_resume.enabled",
+            *(f"{name}.enabled" for name in LOGGERS),
+            "performance.compile",
+            "performance.disable_channel_last",
+            "performance.grad_checkpointing",
+        )
+    },
 }
 
 
@@ -192,8 +200,6 @@ def parse_cfg(cfg: DictConfig) -> DictConfig:
     processes = count_devices(cfg.devices, cfg.accelerator) * cfg.num_nodes
     factor = cfg.optimizer.batch_size * processes / 256
     _scale(cfg, "lr", factor)
-    if OmegaConf.select(cfg, "optimizer.classifier_lr") is None:
-        cfg.optimizer.classifier_lr = 0.1
     if cfg.data.val_path is not None:
         _scale(cfg, "classifier_lr", factor)
     if cfg.optimizer.name == "adamw" and OmegaConf.select(cfg, "optimizer.kwargs.betas") is None:

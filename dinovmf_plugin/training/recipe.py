@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Le, MinLen
 
 from dinovmf_plugin.runs.bounds import Count, Path, Ratio, Seed, Share, Weight, Whole
-from dinovmf_plugin.runs.settings import Doc, Settings
+from dinovmf_plugin.runs.settings import Doc, Settings, settings_of
 
-__all__ = ["RECIPE"]
+__all__ = ["RECIPE", "default_of"]
 
 Text = Annotated[str, MinLen(1)]
 Rate = Annotated[float, Ge(0), Le(1e6)]
@@ -150,6 +150,13 @@ class LoggerKeys(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CsvKeys(LoggerKeys):
+    """Lightning's CSV logger, on unless it is switched off."""
+
+    enabled: Annotated[bool, Doc("log there")] = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class WandbKeys(LoggerKeys):
     """Weights and Biases."""
 
@@ -196,7 +203,7 @@ RECIPE: dict[str, type[Settings]] = {
     "momentum.": MomentumKeys,
     "checkpoint.": CheckpointKeys,
     "auto_resume.": AutoResumeKeys,
-    "csv.": LoggerKeys,
+    "csv.": CsvKeys,
     "wandb.": WandbKeys,
     "tensorboard.": LoggerKeys,
     "mlflow.": LoggerKeys,
@@ -204,3 +211,17 @@ RECIPE: dict[str, type[Settings]] = {
     "performance.": PerformanceKeys,
     "auto_umap.": UmapKeys,
 }
+
+
+def default_of(key: str) -> Any:
+    """What a key of a recipe is when it is left out.
+
+    Raises:
+        KeyError: for a key that is not in ``RECIPE``.
+
+    Example:
+        >>> default_of("data.num_workers"), default_of("csv.enabled"), default_of("seed")
+        (4, True, 5)
+    """
+    group, separator, name = key.rpartition(".")
+    return settings_of(RECIPE[group + separator])[name].default
