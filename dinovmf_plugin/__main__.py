@@ -2,7 +2,7 @@
 
 =========================  =============================================================
 ``pretrain``, ``knn`` ...  the plugin's scripts (``scripts/``), by their short names
-``import``, ``export``     weights in and out (``checkpoints.cli``)
+``import``, ``export``     weights in and out (``checkpoints``, ``publishing``)
 ``recipes [WORD]``         the recipes there are
 ``keys``                   every key of every verb, as Markdown
 ``doctor``                 what this machine has and lacks
@@ -83,10 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     verb, rest = argv[0], argv[1:]
-    if verb in ("import", "export"):
-        from dinovmf_plugin.checkpoints import cli
+    if verb == "import":
+        from dinovmf_plugin.checkpoints.cli import import_main
 
-        return int(cli.import_main(rest) if verb == "import" else cli.export_main(rest))
+        return int(import_main(rest))
+    if verb == "export":
+        from dinovmf_plugin.publishing.cli import export_main
+
+        return int(export_main(rest))
     if verb == "recipes":
         return _recipes(rest)
     if verb == "doctor":

@@ -14,7 +14,7 @@ FLOORS = (
     ("methods",),
     ("features",),
     ("registry", "analysis", "evaluation"),
-    ("pretraining", "recipes", "doctor", "__init__"),
+    ("pretraining", "publishing", "recipes", "doctor", "__init__"),
     ("comparison", "demo", "benchmarks", "hydra_plugins"),
     ("scripts", "commands"),
     ("__main__",),

@@ -1,4 +1,4 @@
-"""Command lines of ``python -m dinovmf_plugin import`` and ``export``."""
+"""The command line of ``dinovmf import``, and what ``export`` has in common with it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinovmf_plugin.checkpoints.report import LoadReport
-from dinovmf_plugin.checkpoints.transfer import IMPORT_SOURCES, export_weights, import_weights
+from dinovmf_plugin.checkpoints.transfer import IMPORT_SOURCES, import_weights
 from dinovmf_plugin.runs.cli import one_clear_message
 
-__all__ = ["export_main", "import_main"]
+__all__ = ["add_network_options", "import_main", "show_written"]
 
 
-def _shared(parser: argparse.ArgumentParser) -> None:
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which network of a file is meant."""
     parser.add_argument(
         "--which",
         choices=("teacher", "student"),
@@ -28,7 +29,8 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
 
 
-def _print(report: LoadReport, written: list[Path]) -> int:
+def show_written(report: LoadReport, written: list[Path]) -> int:
+    """Print what was read and written; returns 0."""
     print(report)
     for path in written:
         print(f"wrote {path}")
@@ -42,7 +44,7 @@ def import_main(argv: Sequence[str] | None = None) -> int:
     Returns 0; bad input ends in one sentence and exit status 2.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m dinovmf_plugin import",
+        prog="dinovmf import",
         description="Convert a foreign checkpoint to timm-named safetensors and print what matched.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint to read")
@@ -52,9 +54,9 @@ def import_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", required=True, type=Path, metavar="OUT.safetensors", help="file to write"
     )
-    _shared(parser)
+    add_network_options(parser)
     args = parser.parse_args(argv)
-    return _print(
+    return show_written(
         *import_weights(
             args.file,
             args.output,
@@ -63,39 +65,6 @@ def import_main(argv: Sequence[str] | None = None) -> int:
             model_name=args.model_name,
             num_heads=args.num_heads,
             img_size=args.img_size,
-            overwrite=args.overwrite,
-        ),
-    )
-
-
-@one_clear_message
-def export_main(argv: Sequence[str] | None = None) -> int:
-    """``export CHECKPOINT --output DIR [--torchscript] [--onnx]``.
-
-    Returns 0; bad input ends in one sentence and exit status 2.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m dinovmf_plugin export",
-        description="Write a backbone for timm and the Hugging Face Hub.",
-    )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="file to read")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="output folder")
-    parser.add_argument("--head", action="store_true", help="also write the projection head")
-    parser.add_argument("--torchscript", action="store_true", help="also write TorchScript")
-    parser.add_argument("--onnx", action="store_true", help="also write ONNX")
-    _shared(parser)
-    args = parser.parse_args(argv)
-    return _print(
-        *export_weights(
-            args.checkpoint,
-            args.output,
-            which=args.which,
-            model_name=args.model_name,
-            num_heads=args.num_heads,
-            img_size=args.img_size,
-            with_projection_head=args.head,
-            torchscript=args.torchscript,
-            onnx=args.onnx,
             overwrite=args.overwrite,
         ),
     )

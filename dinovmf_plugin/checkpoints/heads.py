@@ -173,12 +173,14 @@ def head_from(stored: StoredWeights, tokens: str = "cls") -> tuple[DINOHead, Hea
 
 
 def with_head(stored: StoredWeights) -> StoredWeights:
-    """Add the head that an imported or exported ``NAME.safetensors`` has beside it, if any."""
+    """Add head and center that an imported or exported ``NAME.safetensors`` has beside it, if any."""
     beside = stored.path.with_suffix(".head.safetensors")
     if stored.head or stored.path.suffix != ".safetensors" or not beside.is_file():
         return stored
     head = read_weights(beside)
-    return replace(stored, head=head.backbone, config=head.config)
+    mixture = stored.path.with_suffix(".mixture.safetensors")
+    center = read_weights(mixture).backbone.get("center") if mixture.is_file() else None
+    return replace(stored, head=head.backbone, config=head.config, center=center)
 
 
 def load_head(

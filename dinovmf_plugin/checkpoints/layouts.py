@@ -35,6 +35,7 @@ class StoredWeights:
         config: settings stored with the weights (resolved config, ``args``, or ``config.json``).
         mask_token: what iBOT's student puts in the place of masked patches, ``(1, 1, D)``.
         center: the teacher's stored centre for CLS, ``(K,)`` float32, where the file has one.
+        steps: of the optimizer before the weights were stored, where the file tells.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class StoredWeights:
     config: dict[str, Any] = field(default_factory=dict)
     mask_token: Tensor | None = None
     center: Tensor | None = None
+    steps: int | None = None
 
     @property
     def position_resampling(self) -> PositionResampling:
@@ -198,7 +200,9 @@ def _lightning(path: Path, content: dict[str, Any], which: Which) -> StoredWeigh
     mask_token = None if teacher else tensors.get("mask_token")
     names = _backbone_names(backbone)
     center = _center(tensors, "centering.center")
-    return StoredWeights(path, source, which, names, head, config, mask_token, center)
+    told = content.get("global_step")
+    steps = told if isinstance(told, int) and told > 0 else None
+    return StoredWeights(path, source, which, names, head, config, mask_token, center, steps)
 
 
 def _instead(tensors: Mapping[str, Tensor], teacher: bool) -> str:

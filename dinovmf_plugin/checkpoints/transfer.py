@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dinovmf_plugin.checkpoints import graphs
-from dinovmf_plugin.checkpoints.card import model_card
+from dinovmf_plugin.checkpoints.card import UNKNOWN_LICENSE, Measured, model_card
 from dinovmf_plugin.checkpoints.heads import HeadSettings, head_from, with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
 from dinovmf_plugin.checkpoints.loading import network_from
+from dinovmf_plugin.checkpoints.mixture import mixture_tensors
 from dinovmf_plugin.checkpoints.named import NamedShape
 from dinovmf_plugin.checkpoints.report import LoadReport
 from dinovmf_plugin.checkpoints.writing import (
@@ -36,17 +38,14 @@ _ACCEPTED = {
     "msn": ("msn", "timm"),
     "solo": ("solo", "dinovmf_plugin"),
 }
+_OF_HEAD = ["model.head.safetensors", "model.mixture.safetensors"]
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
-def _head(stored: StoredWeights) -> tuple[dict[str, Tensor], HeadSettings]:
-    """Tensors of a valid head, with iBOT's patch prototypes only where they are others."""
-    _, settings = head_from(stored)
+def _without_doubles(head: Mapping[str, Tensor], settings: HeadSettings) -> dict[str, Tensor]:
+    """Tensors of a head, with iBOT's patch prototypes only where they are others."""
     keep_patch = settings.patch_prototypes == "separate"
-    return {
-        name: value
-        for name, value in stored.head.items()
-        if keep_patch or not name.startswith("last_layer2.")
-    }, settings
+    return {k: v for k, v in head.items() if keep_patch or not k.startswith("last_layer2.")}
 
 
 def _check_config(path: Path) -> None:
@@ -118,13 +117,13 @@ def import_weights(
         stored, model_name=model_name, num_heads=num_heads, img_size=img_size
     )
     complete = with_head(stored)
-    head = _head(complete) if complete.head else None
-    config = timm_config(shape, stored, head[1] if head else None)
+    settings = head_from(complete)[1] if complete.head else None
+    config = timm_config(shape, stored, settings)
     write_safetensors(output, model.state_dict(), config)
     write_file(config_path, _json(config))
     written = [output, config_path]
-    if head is not None:
-        write_safetensors(head_path, head[0], config)
+    if settings is not None:
+        write_safetensors(head_path, _without_doubles(complete.head, settings), config)
         written.append(head_path)
     return report, written
 
@@ -137,16 +136,19 @@ def export_weights(
     model_name: str | None = None,
     num_heads: int | None = None,
     img_size: int | None = None,
-    with_projection_head: bool = False,
+    with_projection_head: bool | None = None,
     torchscript: bool = False,
     onnx: bool = False,
     overwrite: bool = False,
+    license_name: str = UNKNOWN_LICENSE,
+    measure: Callable[[StoredWeights], Sequence[Measured]] | None = None,
 ) -> tuple[LoadReport, list[Path]]:
     """Write a backbone as timm and the Hugging Face Hub expect it.
 
-    ``folder`` receives ``model.safetensors``, ``config.json`` and the model card ``README.md``; on
-    demand ``model.head.safetensors``, ``model.torchscript.pt`` and ``model.onnx``, the last two only
-    after their outputs were compared with the network's.
+    ``folder`` receives ``model.safetensors``, ``config.json`` and the model card ``README.md``; of a file
+    with a head ``model.head.safetensors`` and ``model.mixture.safetensors``, see ``mixture_tensors``; on
+    demand ``model.torchscript.pt`` and ``model.onnx``, only after their outputs were compared with the
+    network's.
 
     Args:
         path: a training checkpoint, or any file that ``load_backbone`` reads.
@@ -155,10 +157,13 @@ def export_weights(
         model_name: see ``load_backbone``.
         num_heads: see ``load_backbone``.
         img_size: resample the position embeddings for images of this side in pixels.
-        with_projection_head: also write the head with its prototypes and settings.
+        with_projection_head: write the head and its mixture, which the file must have then; None writes
+            them where it has them.
         torchscript: also trace the network.
         onnx: also write ONNX with a free batch size; needs onnx, onnxscript and onnxruntime.
         overwrite: replace existing files.
+        license_name: the Hub's identifier of the weights' license, for the card.
+        measure: what gives the scores of these very weights, for the card.
 
     Returns:
         The report and the files that were written.
@@ -172,8 +177,13 @@ def export_weights(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output {folder} is a file, but a folder is needed")
+    if not _LICENSE.fullmatch(license_name):
+        raise ValueError(
+            f"--license {license_name} is no identifier of the Hub: small letters, digits, dots and dashes, "
+            "such as mit or cc-by-nc-4.0"
+        )
     names = ["model.safetensors", "config.json", "README.md"]
-    names += ["model.head.safetensors"] if with_projection_head else []
+    names += _OF_HEAD if with_projection_head is not False else []
     names += ["model.torchscript.pt"] if torchscript else []
     names += ["model.onnx"] if onnx else []
     targets = {name: inside(folder, name) for name in names}
@@ -188,19 +198,31 @@ def export_weights(
     if isinstance(shape, NamedShape) and shape.cifar:
         raise ValueError(
             f"{stored.path} holds {shape.name}, which no name of timm builds: it cannot be exported, only "
-            "evaluated and analysed here"
+            "evaluated and analyzed here"
         )
     images = (shape.in_chans, *shape.img_size)
-    head = _head(with_head(stored)) if with_projection_head else None
-    config = timm_config(shape, stored, head[1] if head else None)
+    complete = with_head(stored)
+    headed = with_projection_head or (with_projection_head is None and bool(complete.head))
+    for name in _OF_HEAD if not headed else []:
+        if (folder / name).exists():
+            raise FileExistsError(
+                f"{folder / name} belongs to another export and would be taken for this network's: move it "
+                "away, or choose another output"
+            )
+    mixture, settings = mixture_tensors(complete) if headed else (None, None)
+    config = timm_config(shape, stored, settings)
+    measured = () if measure is None else measure(stored)
     if torchscript:
         graphs.write_torchscript(model, images, targets["model.torchscript.pt"])
     if onnx:
         graphs.write_onnx(model, images, targets["model.onnx"])
     write_safetensors(targets["model.safetensors"], model.state_dict(), config)
     write_file(targets["config.json"], _json(config))
-    card = model_card(shape, config)
+    card = model_card(shape, config, mixture=mixture, measured=measured, license_name=license_name)
     write_file(targets["README.md"], card)
-    if head is not None:
-        write_safetensors(targets["model.head.safetensors"], head[0], config)
+    if mixture is None or settings is None:
+        return report, [path for name, path in targets.items() if name not in _OF_HEAD]
+    head, beside = (targets[name] for name in _OF_HEAD)
+    write_safetensors(head, _without_doubles(complete.head, settings), config)
+    write_safetensors(beside, mixture, config)
     return report, list(targets.values())

@@ -16,11 +16,21 @@ from dinovmf_plugin.checkpoints.architecture import ViTShape
 from dinovmf_plugin.checkpoints.heads import HeadSettings
 from dinovmf_plugin.checkpoints.layouts import StoredWeights
 from dinovmf_plugin.checkpoints.named import NamedShape
+from dinovmf_plugin.checkpoints.provenance import training_told
 from dinovmf_plugin.checkpoints.reading import CONFIG_KEY
 from dinovmf_plugin.data.channels import channel_statistics
 from dinovmf_plugin.runs.files import write_file
 
 __all__ = ["check_free", "inside", "timm_config", "write_safetensors"]
+
+# arguments of timm's networks that count while training alone
+_TRAINING_ONLY = {
+    "drop_rate",
+    "drop_path_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+    "pos_drop_rate",
+}
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -82,6 +92,9 @@ def timm_config(
         "file": stored.path.name,
         "position_resampling": stored.position_resampling,
     }
+    training = training_told(stored)
+    if training:
+        own["training"] = training
     previous = stored.config.get("dinovmf_plugin")
     if stored.source == "timm" and isinstance(previous, Mapping):
         own |= {**previous, "version": __version__}
@@ -96,7 +109,11 @@ def timm_config(
         "num_classes": 0,
         "num_features": shape.embed_dim,
         "global_pool": pooling,
-        "model_args": {k: v for k, v in shape.model_args.items() if v is not None},
+        "model_args": {
+            key: value
+            for key, value in shape.model_args.items()
+            if value is not None and key not in _TRAINING_ONLY
+        },
         "pretrained_cfg": {
             "tag": "dinovmf",
             "custom_load": False,

@@ -262,7 +262,8 @@ def load_network(
 
 
 def _with_head(network: Network, stored: StoredWeights) -> Network:
-    head, settings = head_from(with_head(stored))
+    stored = with_head(stored)
+    head, settings = head_from(stored)
     width = next(head.mlp.parameters()).shape[1]
     given = network.shape.embed_dim if network.shape is not None else 0
     if width != given:

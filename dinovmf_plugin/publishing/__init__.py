@@ -1,0 +1,1 @@
+"""Weights that travel: exported folders, their measured numbers, and the Hugging Face Hub."""
