@@ -1,4 +1,4 @@
-# make install | test | lint | types | check | demo | clean         (see CONTRIBUTING.md)
+# make install | test | lint | types | docs | check | demo | clean         (see CONTRIBUTING.md)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -22,14 +22,14 @@ CHOSEN := $(if $(METHODS),$(BOTH) $(filter-out $(BOTH),$(METHODS)))
 # Numeric libraries of several test processes on few cores slow each other down.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONPATH=$(HOST)
 
-.PHONY: install test test-slow lint types check demo clean
+.PHONY: install test test-slow lint types docs check demo clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet -e ".[dali,analysis,test,dev]"
+	$(BIN)/pip install --quiet -e ".[dali,analysis,test,dev,docs]"
 	$(BIN)/pip install --quiet --no-deps $(NO_DEPS)
 	touch $@
 
@@ -46,10 +46,14 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-check: lint types test
+# site/index.html; a warning is an error
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+check: lint types docs test
 
 demo: install
 	$(BIN)/python scripts/demo.py output_dir=$(OUT) $(if $(CHOSEN),"methods=[$(subst $(space),$(comma),$(strip $(CHOSEN)))]")
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
 =========================  =============================================================
 ``pretrain``, ``knn`` ...  the plugin's scripts (``scripts/``), by their short names
 ``import``, ``export``     weights in and out (``checkpoints``, ``publishing``)
-``recipes [WORD]``         the recipes there are
+``recipes [WORD]``         the recipes there are; ``--markdown``: docs/recipes.md
 ``keys``                   every key of every verb, as Markdown
 ``doctor``                 what this machine has and lacks
 ``path/to/main_knn.py``    a script of solo-learn, with the plugin's methods registered
@@ -20,8 +20,11 @@ from dinovmf_plugin.runs.cli import one_clear_message
 
 
 def _recipes(words: list[str]) -> int:
-    from dinovmf_plugin.recipes import list_recipes
+    from dinovmf_plugin.recipes import list_recipes, recipe_reference
 
+    if words == ["--markdown"]:
+        print(recipe_reference(), end="")
+        return 0
     found = {name: told for name, told in list_recipes().items() if all(w in name for w in words)}
     if not found:
         raise ValueError(f"no recipe is named like {' '.join(words)!r}: see dinovmf recipes")
