@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from dinovmf_plugin import registry
-from dinovmf_plugin.analysis.measurements import measure_prototypes
+from dinovmf_plugin.analysis.measurements import make_mixture, measure_prototypes
 from dinovmf_plugin.comparison.devices import lease_gpu
 from dinovmf_plugin.comparison.launch import train
 from dinovmf_plugin.comparison.outcome import outcome_of
@@ -72,24 +73,34 @@ def _identity(recipe: DictConfig, settings: RunSettings) -> str:
 def _prototypes(
     network: Network, recipe: DictConfig, settings: RunSettings, crop: CenterCrop, device: str
 ) -> dict[str, Any] | None:
-    """Utilisation, void set, usage and concentrations of the plugin's methods; None for others."""
+    """Utilization, void set, usage and concentrations of the plugin's methods; None for others.
+
+    Beside them ``held_out_log_likelihood``: the mean of ``log p(y)`` over the validation images, in nats, of
+    the teacher's mixture as ``scripts/analyze.py`` makes it (``weights=model``).
+    """
     if network.head is None:
         return None
     network.to(pick_device(device))
-    images = image_folder(
-        recipe.data.train_path, "data.train_path", labeled="auto", fraction=recipe.data.fraction
-    )
     options = settings.comparison.evaluation.get("data") or {}
-    found = embed(
-        network,
-        images,
-        crop,
-        batch_size=options.get("batch_size", 64),
-        num_workers=options.get("num_workers", 4),
-        progress=bool(settings.comparison.evaluation.get("progress", True)),
-    )
+
+    def embeddings(key: str) -> Tensor:
+        images = image_folder(
+            recipe.data[key], f"data.{key}", labeled="auto", fraction=recipe.data.fraction
+        )
+        return embed(
+            network,
+            images,
+            crop,
+            batch_size=options.get("batch_size", 64),
+            num_workers=options.get("num_workers", 4),
+            progress=bool(settings.comparison.evaluation.get("progress", True)),
+        ).y
+
     thresholds = settings.comparison.thresholds
-    return measure_prototypes(network, found.y, thresholds, components=False)[0]
+    found = measure_prototypes(network, embeddings("train_path"), thresholds, components=False)[0]
+    mixture = make_mixture(network, "model")
+    held_out = mixture.log_likelihood(embeddings("val_path"))
+    return found | {"held_out_log_likelihood": float(held_out.mean())}
 
 
 def _evaluation_config(

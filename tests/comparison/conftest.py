@@ -90,6 +90,7 @@ def _result(
         "void_set": {"threshold": 0.9, "is_void": seed == 0},
         "usage": {"usage_perplexity": 30.0},
         "concentration": {"kappa_p05": 8.0, "kappa_median": 10.0 + seed, "kappa_p95": 12.0},
+        "held_out_log_likelihood": 20.0 + seed,
     }
     return {
         "identity": f"{label}{seed}{lr}",

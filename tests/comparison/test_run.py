@@ -8,11 +8,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.special import ive, logsumexp
 
 from dinovmf_plugin.comparison import run as run_module
 from dinovmf_plugin.comparison.run import run_one
 from dinovmf_plugin.comparison.settings import RunSettings
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.features.embedding import embed
+from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.recipes import Candidate
 from dinovmf_plugin.training.curve import read_curve
 
@@ -58,6 +64,22 @@ def test_result_holds_what_tables_need(finished: Any) -> None:
     assert result["prototypes"]["usage"]["images"] == 12
     assert result["seconds"]["training"] > 0
     assert not list(path.parent.glob("features/*"))
+
+
+def test_held_out_log_likelihood__is_that_of_the_density_written_out(finished: Any) -> None:
+    settings, result, path = finished
+    network = load_network(path.parent / result["checkpoint"], head=True)
+    images = image_folder(settings.comparison.data.val_path, "data.val_path")
+    y = embed(network, images, CenterCrop(37, 32), progress=False).y.double().numpy()
+    w = network.prototypes.weight().detach().double().numpy()
+    kappa = np.linalg.norm(w, axis=1) / result["recipe"]["method_kwargs"]["teacher_temperature"]
+    order = y.shape[1] / 2 - 1
+    log_bessel = np.log(ive(order, kappa)) + kappa
+    log_c = order * np.log(kappa) - (order + 1) * math.log(2 * math.pi) - log_bessel
+    cosine = y @ (w / np.linalg.norm(w, axis=1, keepdims=True)).T
+    density = logsumexp(log_c + kappa * cosine - math.log(len(w)), axis=1)
+    found = result["prototypes"]["held_out_log_likelihood"]
+    assert found == pytest.approx(density.mean(), abs=1e-3)
 
 
 def test_evaluation_crops_are_those_of_the_backbone(finished: Any) -> None:
