@@ -70,6 +70,8 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
             mathml = convert(tex, display="block" if match[1] == "div" else "inline")
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: formula {tex!r}: {error!r}") from error
+        mathml = re.sub(r"<mo>([a-z]{2,})</mo>", r"<mi>\1</mi>", mathml)  # softmax, a name
+        mathml = mathml.replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;')
         mathml = _LOG_AFTER.sub(_THIN, _LOG_BEFORE.sub(r"\1" + _THIN, mathml))
         return f'<{match[1]} class="formula">{mathml}</{match[1]}>'
 
