@@ -31,6 +31,7 @@ class HeadSettings:
         normalizer_order: order of the vMF normaliser's expansion.
         center_raw_scores: whether the centre of ``vmf`` with ``logit`` averages raw scores.
         patch_prototypes: ``shared`` or ``separate`` prototypes for patches (iBOT); None without any.
+        teacher_patch_temperature: the teacher's final temperature for patches (iBOT); None without any.
         assumed: fields that the file did not tell and that are the method's defaults.
     """
 
@@ -42,6 +43,7 @@ class HeadSettings:
     normalizer_order: int = 0
     center_raw_scores: bool = False
     patch_prototypes: str | None = None
+    teacher_patch_temperature: float | None = None
     assumed: tuple[str, ...] = ()
 
 
@@ -52,6 +54,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _DEFAULTS["ibot"] = _DEFAULTS["dino"]
 
 _MSN_SHARPENING = 0.25
+_PATCH = "patch."  # a head of the patches' own
 
 
 def _told(stored: StoredWeights) -> dict[str, Any]:
@@ -74,6 +77,8 @@ def _told(stored: StoredWeights) -> dict[str, Any]:
     told = {name: flat.get(name) for name in HeadSettings.__dataclass_fields__}
     if told["teacher_temperature"] is None:
         told["teacher_temperature"] = flat.get("teacher_temp")  # official DINO and iBOT
+    if told["teacher_patch_temperature"] is None:
+        told["teacher_patch_temperature"] = flat.get("teacher_patch_temp")
     if told["normalization"] is None and isinstance(flat.get("norm_last_layer"), bool):
         told["normalization"] = "l2" if flat["norm_last_layer"] else "none"
     return {name: value for name, value in told.items() if value is not None}
@@ -98,7 +103,10 @@ def _settings(stored: StoredWeights, head: Mapping[str, Tensor]) -> HeadSettings
     if patch is not None:
         same = torch.equal(patch, stored.head["last_layer.weight_v"])
         told["patch_prototypes"] = "shared" if same else "separate"
+    if f"{_PATCH}last_layer.weight_v" in stored.head:
+        told["patch_prototypes"] = "separate"
     values = {**assumed, **told}
+    patch_tau = values.get("teacher_patch_temperature")
     if values["normalization"] not in NORMALIZATIONS:
         raise ValueError(
             f"{stored.path}: normalization={values['normalization']!r} is none of {NORMALIZATIONS}"
@@ -112,6 +120,7 @@ def _settings(stored: StoredWeights, head: Mapping[str, Tensor]) -> HeadSettings
         normalizer_order=int(values.get("normalizer_order", 0)),
         center_raw_scores=bool(values.get("center_raw_scores", False)),
         patch_prototypes=values.get("patch_prototypes"),
+        teacher_patch_temperature=None if patch_tau is None else float(patch_tau),
         assumed=tuple(name for name in assumed if name not in told or name in guessed),
     )
 
@@ -165,10 +174,18 @@ def head_from(stored: StoredWeights, tokens: str = "cls") -> tuple[DINOHead, Hea
             "(backbone-only files have none)"
         )
     settings = _settings(stored, stored.head)
-    tensors = {k: v for k, v in stored.head.items() if not k.startswith("last_layer2.")}
-    if tokens == "patch" and settings.patch_prototypes == "separate":
+    others = ("last_layer2.", _PATCH)
+    tensors = {k: v for k, v in stored.head.items() if not k.startswith(others)}
+    if tokens == "cls":
+        return _build(stored, tensors, settings), settings
+    if f"{_PATCH}last_layer.weight_v" in stored.head:
+        own = [k for k in stored.head if k.startswith(_PATCH)]
+        tensors = {k.removeprefix(_PATCH): stored.head[k] for k in own}
+    elif settings.patch_prototypes == "separate":
         for name in ("weight_g", "weight_v"):
             tensors[f"last_layer.{name}"] = stored.head[f"last_layer2.{name}"]
+    if settings.teacher_patch_temperature is not None:
+        settings = replace(settings, teacher_temperature=settings.teacher_patch_temperature)
     return _build(stored, tensors, settings), settings
 
 
@@ -192,12 +209,13 @@ def load_head(
         path: see ``load_backbone``. A ``.safetensors`` file has its head in ``NAME.head.safetensors``
             beside it.
         which: ``teacher`` or ``student``. MSN keeps one set of prototypes for both.
-        tokens: ``cls``, or ``patch`` for iBOT's patch prototypes (``last_layer2``), which are the
-            same unless ``settings.patch_prototypes`` is ``separate``.
+        tokens: ``cls``, or ``patch`` for the head of the patches, which is the same unless
+            ``settings.patch_prototypes`` is ``separate``: other prototypes (iBOT's ``last_layer2``), or a
+            whole head (``patch_head=separate``, DINOv2).
 
     Returns:
         The head in eval mode and its settings. MSN's head becomes a ``DINOHead`` with BatchNorm and
-        ``normalization="l2"``.
+        ``normalization="l2"``. For ``patch`` its ``teacher_temperature`` is that of the patches.
 
     Raises:
         FileNotFoundError: if there is no such file.

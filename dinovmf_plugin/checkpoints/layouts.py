@@ -31,7 +31,8 @@ class StoredWeights:
             DINO, iBOT and MSN publish as backbone-only files.
         which: ``teacher`` or ``student``; ``unnamed`` if the file holds one nameless network.
         backbone: tensors of the Vision Transformer.
-        head: tensors of the projection head (``mlp.*``, ``last_layer.*``, ``last_layer2.*``).
+        head: tensors of the projection head: ``mlp.*``, ``last_layer.*``; for patches ``last_layer2.*``
+            (iBOT, on the same MLP), or a whole head below ``patch.`` (this project, DINOv2).
         config: settings stored with the weights (resolved config, ``args``, or ``config.json``).
         mask_token: what iBOT's student puts in the place of masked patches, ``(1, 1, D)``.
         center: the teacher's stored centre for CLS, ``(K,)`` float32, where the file has one.
@@ -144,6 +145,10 @@ def _head_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def _with_patch_head(head: Mapping[str, Tensor], patch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**head, **{f"patch.{name}": value for name, value in _head_names(patch).items()}}
+
+
 def _msn_head(tensors: Mapping[str, Tensor], prototypes: Any) -> dict[str, Tensor]:
     """MSN's ``fc.fc1, bn1, fc2, bn2, fc3`` and its bare prototype matrix as a ``DINOHead``."""
     has_bn = any(name.startswith("bn") for name in tensors)
@@ -196,6 +201,9 @@ def _lightning(path: Path, content: dict[str, Any], which: Which) -> StoredWeigh
     head = _head_names(_below(tensors, "momentum_head." if teacher else "head."))
     if head and "last_layer.weight_v" not in head:  # MSN: one set of prototypes for both networks
         head |= {f"last_layer.{k}": v for k, v in _below(tensors, "prototypes.").items()}
+    head = _with_patch_head(
+        head, _below(tensors, "momentum_patch_head." if teacher else "patch_head.")
+    )
     source: Source = "dinovmf_plugin" if isinstance(own, dict) else "solo"
     mask_token = None if teacher else tensors.get("mask_token")
     names = _backbone_names(backbone)
@@ -238,7 +246,9 @@ def _student_teacher(path: Path, content: dict[str, Any], which: Which) -> Store
         source,
         which,
         backbone,
-        _head_names(_below(tensors, "head.", "dino_head.")),
+        _with_patch_head(
+            _head_names(_below(tensors, "head.", "dino_head.")), _below(tensors, "ibot_head.")
+        ),
         _told_by_dinov2(raw, told),
         None if masked is None else masked.reshape(1, 1, -1),
         _center(content.get("ibot_loss" if ibot else "dino_loss"), "center"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "Processes",
+    "any_rank",
     "is_distributed",
     "launched_processes",
     "log_total",
@@ -37,6 +38,16 @@ def world_size() -> int:
         1
     """
     return dist.get_world_size() if is_distributed() else 1
+
+
+def any_rank(value: bool) -> bool | Tensor:
+    """Whether a condition holds on any rank; with several a bool scalar on the device, not waited for."""
+    if not is_distributed():
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    holds = torch.full((), int(value), dtype=torch.int64, device=device)
+    dist.all_reduce(holds)
+    return holds > 0
 
 
 def total(count: int) -> int | Tensor:

@@ -12,7 +12,13 @@ from dinovmf_plugin.core.centering import Centering
 from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
 
-__all__ = ["ibot_patch_loss", "masked_token_weights", "patch_targets", "update_patch_center"]
+__all__ = [
+    "ibot_patch_loss",
+    "masked_token_weights",
+    "patch_targets",
+    "update_masked_center",
+    "update_patch_center",
+]
 
 # Least scores of one chunk of patches. 2**23 float32 are 32 MiB: from this size on, glibc gives every block
 # back; with smaller ones its heap fragments, and sometimes grows by all the scores together.
@@ -57,11 +63,11 @@ def ibot_patch_loss(
 
     With ``M`` masked patches in ``N`` images (all views together), the mean over images of each
     image's mean over its masked patches. Without a masked patch the loss is 0, still attached to the
-    student, so that every rank has the same graph.
+    student and its prototypes, so that every rank has the same graph.
 
     Args:
         student: unit vectors ``(M, p)`` of the masked patches, in row-major order of ``masks``.
-        prototypes: the student's prototypes, shared with the CLS token.
+        prototypes: the student's prototypes for patches, which may be those of the CLS token.
         targets: teacher probabilities ``(M, K)`` of the same patches.
         masks: bool ``(N, P)``.
         temperature: the student's ``tau``.
@@ -83,8 +89,6 @@ def ibot_patch_loss(
         raise ValueError(
             f"{len(student)} student and {len(targets)} teacher patches: both must be the masked ones"
         )
-    if len(student) == 0:
-        return student.float().sum()
     return prototype_cross_entropy(
         student,
         prototypes.weight_v,
@@ -146,3 +150,26 @@ def update_patch_center(
     else:
         scores = _chunks(prototypes, embeddings)
     centering.update(scores, temperature, prototypes.log_normalizer(temperature))
+
+
+@torch.no_grad()
+def update_masked_center(
+    centering: Centering, prototypes: Prototypes, embeddings: Tensor, temperature: float
+) -> None:
+    """Move the patches' centre by the masked patches alone (DINOv2); without any on any rank it stays.
+
+    Args:
+        centering: the patches' own centring.
+        prototypes: the teacher's.
+        embeddings: unit vectors of this rank's masked patches ``(M, p)``; M may be 0.
+        temperature: the teacher's temperature for patches.
+
+    Differs from upstream: DINOv2 averages the means of the ranks, this the rows of all ranks.
+    """
+    some = distributed.any_rank(len(embeddings) > 0)
+    if some is False:
+        return
+    before = centering.center.clone()
+    update_patch_center(centering, prototypes, embeddings, temperature)
+    if isinstance(some, Tensor):
+        centering.center.copy_(torch.where(some, centering.center, before))

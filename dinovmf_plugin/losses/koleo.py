@@ -1,4 +1,4 @@
-"""A spread term that keeps prototypes apart: KoLeo on prototype directions."""
+"""A spread term that keeps vectors apart: KoLeo on prototype directions, or on features."""
 
 from __future__ import annotations
 
@@ -40,19 +40,20 @@ def nearest_neighbors(directions: Tensor, anchors: Tensor | None = None) -> Tens
 def koleo_loss(
     directions: Tensor, *, num_anchors: int | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """``-mean_i log(min_{j != i} ||mu_i - mu_j||)``: small where prototypes are evenly spread.
+    """``-mean_i log(min_{j != i} ||mu_i - mu_j||)``: small where directions are evenly spread.
 
-    The Kozachenko-Leonenko entropy estimator up to constants, on prototypes instead of features, as the
-    follow-up on partial prototype collapse (arXiv 2410.14060) proposes. Copies of one prototype, such as
-    a void set, are what it penalises; its gradient has the size of 1 / distance, so near-copies are
-    pushed apart strongly, while *exact* copies have no direction to part in and get gradient zero.
+    The Kozachenko-Leonenko entropy estimator up to constants: on features of images (arXiv 1806.03198, and
+    DINOv2), or on prototypes, as the follow-up on partial prototype collapse (arXiv 2410.14060) proposes.
+    Copies of one vector, such as a void set of prototypes, are what it penalises; its gradient has the
+    size of 1 / distance, so near-copies are pushed apart strongly, while *exact* copies have no direction
+    to part in and get gradient zero.
 
     Cost: K * K * p for the neighbour search (no gradient, 1024 x K at a time) and K * p for the rest.
     K 8192 costs 34 GFLOP a step; at K 65536 draw ``num_anchors`` of them per step.
 
     Args:
-        directions: prototypes ``(K, p)`` with gradient, e.g. ``Prototypes.directions()``; normalised
-            here. Computed in float32 with autocast off.
+        directions: prototypes ``(K, p)`` with gradient, e.g. ``Prototypes.directions()``, or features
+            ``(N, D)`` of one crop of each image; normalised here. Computed in float32 with autocast off.
         num_anchors: use a random subset of prototypes ``i`` (their neighbours are searched among all):
             an unbiased estimate. Default all.
         generator: for the subset.
@@ -61,7 +62,7 @@ def koleo_loss(
         Scalar, float32 (float64 if the input is).
 
     Raises:
-        ValueError: for fewer than 2 prototypes, or ``num_anchors`` outside ``1 .. K``.
+        ValueError: for fewer than 2 rows, or ``num_anchors`` outside ``1 .. K``.
 
     Example:
         >>> spread = torch.eye(4)
@@ -72,7 +73,7 @@ def koleo_loss(
     num = len(directions)
     if directions.ndim != 2 or num < 2:
         raise ValueError(
-            f"directions have shape {tuple(directions.shape)}: at least 2 prototypes (K, p) are needed"
+            f"directions have shape {tuple(directions.shape)}: at least 2 rows (K, p) are needed"
         )
     if num_anchors is not None and not 1 <= num_anchors <= num:
         raise ValueError(

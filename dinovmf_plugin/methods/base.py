@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -22,7 +23,13 @@ from dinovmf_plugin.methods.acceleration import (
     use_grad_checkpointing,
     wants,
 )
-from dinovmf_plugin.methods.settings import MethodSettings, check_backbone, check_strategy
+from dinovmf_plugin.methods.settings import (
+    MethodSettings,
+    check_backbone,
+    check_batch,
+    check_layer_rates,
+    check_strategy,
+)
 from dinovmf_plugin.methods.solo_keys import read_solo_keys
 from dinovmf_plugin.methods.steps import ScheduledSteps
 from dinovmf_plugin.runs.settings import read
@@ -106,6 +113,8 @@ class SelfDistillation(StoredConfig, ScheduledSteps):
         check_backbone(cfg)
         check_strategy(cfg)
         check_acceleration(cfg)
+        check_layer_rates(cfg)
+        check_batch(cfg)
         if cfg.scheduler.name not in ("warmup_cosine", "none"):
             raise ValueError(
                 f"scheduler.name={cfg.scheduler.name!r} is not supported by {cfg.method}: "
@@ -151,6 +160,16 @@ class SelfDistillation(StoredConfig, ScheduledSteps):
         """The prototypes that the student trains."""
         return self.head.last_layer  # type: ignore[return-value]
 
+    @property
+    def spread_prototypes(self) -> list[Prototypes]:
+        """All prototypes of the student, each set to be spread on its own."""
+        return [self.student_prototypes]
+
+    @property
+    def projection_heads(self) -> list[ProjectionHead]:
+        """Every head of student and teacher."""
+        return [self.head, self.momentum_head]
+
     def projection(self) -> nn.Module:
         """The student's head as checkpoints name its parts: ``mlp`` and ``last_layer``."""
         return self.head
@@ -187,12 +206,31 @@ class SelfDistillation(StoredConfig, ScheduledSteps):
         weight = self.settings.prototype_spread
         if not weight:
             return 0.0
-        prototypes = self.student_prototypes
-        # the search of all neighbours is quadratic: of 65536 prototypes take a subset every step
-        anchors = min(prototypes.num_prototypes, _SPREAD_ANCHORS)
-        return weight * koleo_loss(
-            prototypes.directions(), num_anchors=anchors, generator=self.step_generator()
-        )
+        total: Tensor | float = 0.0
+        for prototypes in self.spread_prototypes:
+            # the search of all neighbours is quadratic: of 65536 prototypes take a subset every step
+            anchors = min(prototypes.num_prototypes, _SPREAD_ANCHORS)
+            total = total + weight * koleo_loss(
+                prototypes.directions(), num_anchors=anchors, generator=self.step_generator()
+            )
+        return total
+
+    def feature_spread_loss(self, features: Tensor, images: int) -> Tensor | float:
+        """KoLeo on the student's features, times ``method_kwargs.koleo_weight`` (DINOv2).
+
+        The sum over the global crops: two crops of one image are not to be pushed apart. Neighbors are
+        searched among the images of this process, as in the official code.
+
+        Args:
+            features: of the global crops ``(G * images, D)``, view-major.
+            images: of the batch.
+        """
+        weight = self.settings.koleo_weight
+        if not weight:
+            return 0.0
+        loss = torch.stack([koleo_loss(view) for view in features.split(images)]).sum()
+        self.log("train_koleo_loss", loss.detach())
+        return weight * loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step: ``batch`` is ``[indexes, [crops], targets]`` as the host's loaders give it.
@@ -224,6 +262,7 @@ class SelfDistillation(StoredConfig, ScheduledSteps):
         self.log_dict({name: self.on_device(value) for name, value in scalars.items()})
         self.update_knn_bank(out.teacher_features, targets)
         loss = out.loss + self.prototype_spread_loss()
+        loss = loss + self.feature_spread_loss(out.student_features, len(crops[0]))
         return loss + self.online_classifier_loss(out.student_features, targets)
 
     def on_after_backward(self) -> None:
@@ -248,7 +287,7 @@ class SelfDistillation(StoredConfig, ScheduledSteps):
         """Compile the networks, if ``performance.compile`` says so."""
         super().on_fit_start()
         if wants(self.cfg, "compile"):
-            heads = (self.head.mlp, self.momentum_head.mlp)
+            heads = [head.mlp for head in self.projection_heads]
             compile_networks(self.backbone, self.momentum_backbone, *heads)
 
     # ---- checkpoints ----------------------------------------------------------------------------

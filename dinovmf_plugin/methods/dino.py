@@ -40,8 +40,7 @@ class DINOMultiCrop(ComponentsByEM):
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__(cfg)
         s = self.settings
-        self.head = self.make_head()
-        self.momentum_head = self.make_head()
+        self.make_heads()
         self.initialize_teacher()
         self.centering = make_centering(
             s.centering,
@@ -53,14 +52,19 @@ class DINOMultiCrop(ComponentsByEM):
         self.initialize_from_checkpoint()
         self.make_components()
 
-    def make_head(self) -> DINOHead:
+    def make_heads(self) -> None:
+        """The heads of student and teacher."""
+        self.head = self.make_head(self.settings.num_prototypes)
+        self.momentum_head = self.make_head(self.settings.num_prototypes)
+
+    def make_head(self, num_prototypes: int) -> DINOHead:
         """A projection head as the settings describe it."""
         s = self.settings
         return DINOHead(
             self.features_dim,
             hidden_dim=s.proj_hidden_dim,
             bottleneck_dim=s.proj_output_dim,
-            num_prototypes=s.num_prototypes,
+            num_prototypes=num_prototypes,
             normalization=s.normalization,
             num_layers=s.proj_num_layers,
             use_bn=s.use_bn_in_head,
@@ -77,26 +81,48 @@ class DINOMultiCrop(ComponentsByEM):
             s.warmup_teacher_temperature_epochs,
         )
 
+    def own_group(self, group: str, name: str) -> tuple[str, dict[str, Any]]:
+        """Layers of the backbone, and the last layers where their rate is held at 0."""
+        if self.settings.freeze_by == "rate" and name.startswith("last_layer."):
+            return "_last_layer", {"last_layer": True}
+        return super().own_group(group, name)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups, split by weight decay."""
+        """The optimiser's groups, split by weight decay and, where rates differ, by layer."""
         return optimization.split_weight_decay(
-            self.named_parameter_groups(), self.group_options(), self.settings.decay_magnitudes
+            self.named_parameter_groups(),
+            self.group_options(),
+            self.settings.decay_magnitudes,
+            self.own_group,
         )
 
     def last_layer_parameters(self) -> list[nn.Parameter]:
         """Parameters that stay frozen in the first ``freeze_last_layer`` epochs."""
-        return list(self.head.last_layer.parameters())
+        return [p for layer in self.spread_prototypes for p in layer.parameters()]
+
+    @property
+    def _freezes(self) -> bool:
+        return self.current_epoch < self.settings.freeze_last_layer
+
+    @property
+    def holds_last_layer(self) -> bool:
+        """Whether the last layers' learning rate is 0 in this epoch."""
+        return self._freezes and self.settings.freeze_by == "rate"
 
     def adjust_gradients(self) -> None:
-        """Clip per parameter over the student, and freeze the last layer in the first epochs."""
-        clipped = [
-            parameter
-            for name, parameters in self.named_parameter_groups().items()
-            if name != "classifier"
-            for _, parameter in parameters
-        ]
-        optimization.clip_per_parameter(clipped, self.settings.clip_grad)
-        if self.current_epoch < self.settings.freeze_last_layer:
+        """Clip over the student, per parameter or per network; freeze the last layer in the first epochs."""
+        s = self.settings
+        clipped: dict[str, list[nn.Parameter]] = {}
+        for name, parameters in self.named_parameter_groups().items():
+            if name != "classifier":
+                network = "backbone" if name == "mask_token" else name
+                clipped.setdefault(network, []).extend(p for _, p in parameters)
+        if s.clip_by == "network":
+            optimization.clip_per_network(clipped.values(), s.clip_grad)
+        else:
+            every = [p for parameters in clipped.values() for p in parameters]
+            optimization.clip_per_parameter(every, s.clip_grad)
+        if self._freezes and s.freeze_by == "gradient":
             for parameter in self.last_layer_parameters():
                 parameter.grad = None
 

@@ -12,13 +12,16 @@ from dinovmf_plugin.checkpoints.architecture import check_vit_kwargs
 from dinovmf_plugin.checkpoints.named import check_named_kwargs
 from dinovmf_plugin.core.centering import CenteringName
 from dinovmf_plugin.core.prototypes import Normalization
-from dinovmf_plugin.runs.bounds import Count, Path, Positive, Share, Weight, Whole
+from dinovmf_plugin.runs.bounds import Count, Fraction, Path, Positive, Share, Weight, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings
+from dinovmf_plugin.training.layer_rates import LRScaling
 
 __all__ = [
     "DINOSettings",
     "MethodSettings",
     "check_backbone",
+    "check_batch",
+    "check_layer_rates",
     "check_maskable",
     "check_strategy",
     "check_vit",
@@ -80,6 +83,27 @@ def check_maskable(cfg: DictConfig) -> None:
             )
 
 
+def check_layer_rates(cfg: DictConfig) -> None:
+    """Refuse learning rates by layer for networks that have no blocks in a row."""
+    for key in ("layer_decay", "patch_embed_lr_mult"):
+        value = cfg.method_kwargs[key]
+        if value != 1 and not cfg.backbone.name.startswith("vit_"):
+            raise ValueError(
+                f"method_kwargs.{key}={value} needs a Vision Transformer, but backbone.name is "
+                f"{cfg.backbone.name}: set it to 1, or choose vit_tiny, vit_small, vit_base or vit_large"
+            )
+
+
+def check_batch(cfg: DictConfig) -> None:
+    """Refuse single images where each needs a neighbor."""
+    weight = cfg.method_kwargs.koleo_weight
+    if weight and cfg.optimizer.batch_size == 1:
+        raise ValueError(
+            f"optimizer.batch_size=1 is too small for method_kwargs.koleo_weight={weight}: KoLeo needs at "
+            "least 2 images a process"
+        )
+
+
 def crop_sizes(cfg: DictConfig) -> list[int]:
     """Sides of the crops in pixels, the large ones' first; empty without ``augmentations``."""
     return list(dict.fromkeys(int(crop.crop_size) for crop in cfg.get("augmentations") or []))
@@ -134,6 +158,20 @@ class MethodSettings(Settings):
     prototype_spread: Annotated[
         Weight, Doc("weight of KoLeo-proto (arXiv 2410.14060), which pushes prototypes apart")
     ] = 0.0
+    # DINOv2's (docs/training.md)
+    koleo_weight: Annotated[
+        Weight, Doc("weight of KoLeo on the student's features of each global crop (DINOv2: 0.1)")
+    ] = 0.0
+    layer_decay: Annotated[
+        Fraction, Doc("learning rate of a ViT's layer over that of the next one (DINOv2: 0.9)")
+    ] = 1.0
+    patch_embed_lr_mult: Annotated[
+        Fraction, Doc("further factor of the patch embedding's learning rate (DINOv2: 0.2)")
+    ] = 1.0
+    lr_scaling: Annotated[
+        LRScaling,
+        Doc("optimizer.lr times batch / 256, or times the root of batch / 1024 (sqrt, DINOv2)"),
+    ] = "linear"
     # starting point
     init_from: Annotated[
         Path | None,
@@ -177,7 +215,15 @@ class DINOSettings(MethodSettings):
     center_raw_scores: Annotated[
         bool, Doc("vmf with logit: leave log C_p(kappa) out of the center")
     ] = False
+    clip_by: Annotated[
+        Literal["parameter", "network"],
+        Doc("whose norm clip_grad bounds: each tensor's, or that of backbone and heads (DINOv2)"),
+    ] = "parameter"
     freeze_last_layer: Annotated[Whole, Doc("epochs in which the prototypes stay")] = 1
+    freeze_by: Annotated[
+        Literal["gradient", "rate"],
+        Doc("how they stay: without gradient, or with learning rate 0 (DINOv2: moments go on)"),
+    ] = "gradient"
     decay_magnitudes: Annotated[bool, Doc("weight decay on prototype norms, as in DINO")] = True
     # prototypes (docs/em.md)
     prototype_update: Annotated[
@@ -207,7 +253,7 @@ class DINOSettings(MethodSettings):
                     f"prototype_update=em has no meaning with normalization={self.normalization}: EM finds "
                     "concentrations, which normalization=vmf alone makes use of"
                 )
-            for key in ("prototype_spread", "decay_magnitudes"):
+            for key in ("prototype_spread", "decay_magnitudes", "freeze_by"):
                 if getattr(self, key) != getattr(type(self), key):
                     raise ValueError(
                         f"{key}={getattr(self, key)} has no meaning with prototype_update=em: the prototypes "

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dinovmf_plugin.core import schedules
 from dinovmf_plugin.methods.probes import OnlineProbes
 from dinovmf_plugin.methods.settings import MethodSettings
-from dinovmf_plugin.training import optimization, resuming
+from dinovmf_plugin.training import layer_rates, optimization, resuming
+from dinovmf_plugin.training.config import count_devices
 from dinovmf_plugin.training.seeding import SeededSteps
 
 __all__ = ["ScheduledSteps"]
@@ -45,19 +46,51 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
         """Group name -> what it has of its own (see ``optimization.split_weight_decay``)."""
         return {"classifier": {"lr": self.classifier_lr, "decay": False}}
 
+    def own_group(self, group: str, name: str) -> tuple[str, dict[str, Any]]:
+        """Where a group is split further: by the layers of a ViT, if their rates differ."""
+        s = self.settings
+        if s.layer_decay == 1 and s.patch_embed_lr_mult == 1:
+            return "", {}
+        network: Any = self.backbone
+        depth = len(network.blocks)
+        if group == "mask_token":  # stands among the patch embeddings
+            return "", {"lr_scale": layer_rates.layer_rate("cls_token", depth, s.layer_decay)}
+        if group != "backbone":
+            return "", {}
+        layer = layer_rates.layer_of(name, depth)
+        part = "_patch_embed" if name.startswith("patch_embed.") else f"_layer{layer}"
+        scale = layer_rates.layer_rate(name, depth, s.layer_decay, s.patch_embed_lr_mult)
+        return part, {"lr_scale": scale}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups, split by weight decay."""
-        return optimization.split_weight_decay(self.named_parameter_groups(), self.group_options())
+        """The optimiser's groups, split by weight decay and, where rates differ, by layer."""
+        return optimization.split_weight_decay(
+            self.named_parameter_groups(), self.group_options(), divide=self.own_group
+        )
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after its warm-up, by the rule of ``method_kwargs.lr_scaling``."""
+        cfg, scaling = self.cfg, self.settings.lr_scaling
+        if scaling == "linear":  # as the host has done
+            return float(self.lr)
+        processes = count_devices(cfg.devices, cfg.get("accelerator", "auto")) * cfg.num_nodes
+        return layer_rates.rate_for_batch(self.lr, cfg.optimizer.batch_size * processes, scaling)
+
+    @property
+    def holds_last_layer(self) -> bool:
+        """Whether the last layers' learning rate is 0 in this epoch."""
+        return False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The host's optimiser; schedules are set every step."""
-        groups = self.parameter_groups()
+        peak, groups = self.peak_lr, self.parameter_groups()
         for group in groups:
-            group["peak_lr"] = group.get("lr", self.lr)
+            group["peak_lr"] = group.get("lr", peak)
         optimizer = optimization.make_optimizer(
             self._OPTIMIZERS[self.cfg.optimizer.name],
             groups,
-            lr=self.lr,
+            lr=peak,
             weight_decay=self.weight_decay,
             **self.extra_optimizer_args,
         )
@@ -105,9 +138,11 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
             weight_decay=self.weight_decay,
             final_weight_decay=self.weight_decay if final is None else final,
             constant_lr=self.cfg.scheduler.name == "none",
+            hold_last_layer=self.holds_last_layer,
         )
         decayed = optimizer.param_groups[0]  # of the backbone
-        self.log_dict({"lr": decayed["lr"], "weight_decay": decayed["weight_decay"]})
+        rate = decayed["lr"] / decayed.get("lr_scale", 1.0)
+        self.log_dict({"lr": rate, "weight_decay": decayed["weight_decay"]})
 
     def adjust_gradients(self) -> None:
         """The method's own clipping and freezing, on complete and unscaled gradients."""

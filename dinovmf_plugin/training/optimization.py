@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from dinovmf_plugin.core import schedules
 
 __all__ = [
+    "Divide",
+    "clip_per_network",
     "clip_per_parameter",
     "is_decayed",
     "make_optimizer",
@@ -24,6 +26,10 @@ __all__ = [
     "update_schedules",
     "update_teacher",
 ]
+
+
+Divide = Callable[[str, str], tuple[str, dict[str, Any]]]
+"""(group, parameter's name) -> what the name of its own group ends in, and that group's settings."""
 
 
 def is_decayed(name: str, parameter: Tensor, decay_magnitudes: bool = True) -> bool:
@@ -45,6 +51,7 @@ def split_weight_decay(
     named: dict[str, Iterable[tuple[str, nn.Parameter]]],
     extras: dict[str, dict[str, Any]] | None = None,
     decay_magnitudes: bool = True,
+    divide: Divide | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups, each split into a decayed one and a ``_no_decay`` one.
 
@@ -52,6 +59,7 @@ def split_weight_decay(
         named: group name -> named parameters; those without gradient are left out.
         extras: group name -> further settings, e.g. ``{"classifier": {"lr": 0.1, "decay": False}}``.
         decay_magnitudes: see ``is_decayed``.
+        divide: splits a group further, e.g. by layer; ``("", {})`` leaves a parameter where it is.
 
     Returns:
         Groups with keys ``params``, ``name``, ``decay`` and the extras; empty groups are left out.
@@ -60,15 +68,19 @@ def split_weight_decay(
     for name, parameters in named.items():
         extra = dict((extras or {}).get(name, {}))
         decays = extra.pop("decay", True)
-        split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        parts: dict[str, dict[str, Any]] = {}
+        split: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for key, parameter in parameters:
             if parameter.requires_grad:
-                split[decays and is_decayed(key, parameter, decay_magnitudes)].append(parameter)
-        for decay, suffix in ((True, ""), (False, "_no_decay")):
-            if split[decay]:
-                groups.append(
-                    {"params": split[decay], "name": name + suffix, "decay": decay, **extra}
-                )
+                part, own = divide(name, key) if divide else ("", {})
+                parts.setdefault(part, own)
+                decay = decays and is_decayed(key, parameter, decay_magnitudes)
+                split.setdefault((part, decay), []).append(parameter)
+        for part, own in parts.items():
+            for decay, suffix in ((True, ""), (False, "_no_decay")):
+                if found := split.get((part, decay)):
+                    full = name + part + suffix
+                    groups.append({"params": found, "name": full, "decay": decay, **extra, **own})
     return groups
 
 
@@ -83,17 +95,21 @@ def update_schedules(
     weight_decay: float,
     final_weight_decay: float,
     constant_lr: bool = False,
+    hold_last_layer: bool = False,
 ) -> None:
     """Write this step's learning rate and weight decay into the optimiser's groups.
 
     Every group warms up to its own ``peak_lr`` (or stays there); only groups with ``decay`` get weight decay.
+    The rate, its end included, is multiplied by the group's ``lr_scale``, if it has one; groups marked
+    ``last_layer`` have rate 0 while ``hold_last_layer``.
     """
     decay = schedules.cosine(step, total, weight_decay, final_weight_decay)
     for group in optimizer.param_groups:
+        rate = group["peak_lr"]
         if not constant_lr:
-            group["lr"] = schedules.learning_rate(
-                step, total, group["peak_lr"], min_lr, warmup_steps, warmup_start_lr
-            )
+            rate = schedules.learning_rate(step, total, rate, min_lr, warmup_steps, warmup_start_lr)
+        held = hold_last_layer and group.get("last_layer", False)
+        group["lr"] = 0.0 if held else rate * group.get("lr_scale", 1.0)
         group["weight_decay"] = decay if group["decay"] else 0.0
 
 
@@ -147,6 +163,15 @@ def clip_per_parameter(parameters: Iterable[nn.Parameter], clip: float) -> None:
             torch._foreach_mul_(gradients, factors.unbind())
         else:
             scale_together(gradients, factors)
+
+
+def clip_per_network(networks: Iterable[Iterable[nn.Parameter]], clip: float) -> None:
+    """Scale the gradients of each network together so that their joint norm is at most ``clip`` (DINOv2).
+
+    To be called on unscaled gradients. ``clip=0`` does nothing.
+    """
+    for parameters in networks if clip else ():
+        nn.utils.clip_grad_norm_(parameters, clip)
 
 
 def scale_together(tensors: list[Tensor], factors: Tensor) -> None:

@@ -37,6 +37,8 @@ _FIXED = (
     "method_kwargs.centering",
     "method_kwargs.center_raw_scores",  # the centre's unit
     "method_kwargs.prototype_update",
+    "method_kwargs.patch_head",
+    "method_kwargs.num_patch_prototypes",
 )
 # what makes the steps of an epoch
 _STEPS = ("optimizer.batch_size", "devices", "num_nodes", "accumulate_grad_batches")
@@ -48,6 +50,14 @@ _DEFAULTS = {
     "method_kwargs.prototype_update": "gradient",
     "method_kwargs.em_memory": 64.0,
     "method_kwargs.init_prototypes": "random",
+    "method_kwargs.koleo_weight": 0.0,
+    "method_kwargs.layer_decay": 1.0,
+    "method_kwargs.patch_embed_lr_mult": 1.0,
+    "method_kwargs.lr_scaling": "linear",
+    "method_kwargs.clip_by": "parameter",
+    "method_kwargs.freeze_by": "gradient",
+    "method_kwargs.patch_head": "shared",
+    "method_kwargs.patch_center_tokens": "all",
 }
 # no part of the training
 _SILENT = (
