@@ -36,6 +36,7 @@ def test_recipes__all_are_tested():
 _TINY = {
     "backbone.name": "vit_nano",
     "backbone.kwargs.img_size": 32,
+    "backbone.kwargs.patch_size": 16,
     "method_kwargs.num_prototypes": 16,
     "method_kwargs.proj_hidden_dim": 16,
     "method_kwargs.proj_output_dim": 8,
@@ -52,22 +53,24 @@ def test_recipe__builds_at_full_size_and_trains_two_steps_when_tiny(
     tiny = copy.deepcopy(cfg)
     with torch.device("meta"):  # every shape, no memory
         module = build(cfg, depth=None)
-    width = 768 if "vitb16" in name else 384
+    width, patch = 768 if "vitb" in name else 384, int(name[-2:]) if name[-1].isdigit() else 16
     assert len(module.backbone.blocks) == 12
-    assert tuple(module.backbone.patch_embed.proj.weight.shape) == (width, 3, 16, 16)
-    assert module.backbone.pos_embed.shape == (1, 197, width)
+    assert tuple(module.backbone.patch_embed.proj.weight.shape) == (width, 3, patch, patch)
+    assert module.backbone.pos_embed.shape == (1, 1 + (224 // patch) ** 2, width)
     folder, _, method = name.partition("/")
-    expected = {"dino": 65536, "ibot": 8192, "msn": 1024}[method.split("_")[0]]
+    family = method.split("_")[0]
+    expected = {"dino": 65536, "dinov2": 65536, "ibot": 8192, "msn": 1024}[family]
     if (folder, expected) == ("custom", 65536):
         expected = 4096  # for thousands of images, not millions
     prototypes = [m for m in module.modules() if type(m).__name__ == "Prototypes"]
     assert {tuple(p.weight_v.shape) for p in prototypes} == {(expected, 256)}
+    assert len(prototypes) == {"dinov2": 4, "msn": 1}.get(family, 2)
     assert all((p.normalization == "vmf") is ("_vmf" in name) for p in prototypes)
 
     for key, value in _TINY.items():
         OmegaConf.update(tiny, key, value, force_add=True)
     large, small = tiny.data.num_large_crops, tiny.data.num_small_crops
-    assert (large, small) == (2, 10)
+    assert (large, small) == (2, 8 if family == "dinov2" else 10)
     module = build(tiny, depth=1)
     batch = make_crops(batch=2, large=large, small=small, num_classes=1)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -118,6 +121,37 @@ _BASE = {
     "method_kwargs.clip_grad": 0.3,
     "method_kwargs.freeze_last_layer": 3,
 }
+# DINOv2's ssl_default_config.yaml (vitl16_short), its "epoch" of 1,250 steps of 2,048 images being two passes
+_DINOV2 = {
+    **_COMMON,
+    "max_epochs": 200,
+    "optimizer.lr": 4e-3,
+    "scheduler.min_lr": 1e-6,
+    "scheduler.warmup_epochs": 20,
+    "momentum.base_tau": 0.992,
+    "backbone.kwargs.patch_size": 14,
+    "backbone.kwargs.init_values": 1e-5,
+    "method_kwargs.warmup_teacher_temperature_epochs": 60,
+    "method_kwargs.warmup_teacher_patch_temperature": 0.04,
+    "method_kwargs.teacher_patch_temperature": 0.07,
+    "method_kwargs.freeze_last_layer": 2,
+    "method_kwargs.freeze_by": "rate",
+    "method_kwargs.clip_grad": 3.0,
+    "method_kwargs.clip_by": "network",
+    "method_kwargs.patch_head": "separate",
+    "method_kwargs.num_patch_prototypes": None,
+    "method_kwargs.patch_center_tokens": "masked",
+    "method_kwargs.koleo_weight": 0.1,
+    "method_kwargs.layer_decay": 0.9,
+    "method_kwargs.patch_embed_lr_mult": 0.2,
+    "method_kwargs.lr_scaling": "sqrt",
+    "method_kwargs.lambda1": 1.0,
+    "method_kwargs.lambda2": 1.0,
+    "method_kwargs.pred_ratio": [0.0, 0.3],
+    "method_kwargs.pred_ratio_var": [0.0, 0.2],
+    "method_kwargs.sinkhorn_iterations": 3,
+}
+_SINKHORN = {"method_kwargs.normalization": "none", "method_kwargs.centering": "sinkhorn"}
 _DINO = {"method_kwargs.centering": "logit"}
 _VMF = {"method_kwargs.centering": "probability", "method_kwargs.normalization": "vmf"}
 # recipe -> values, images per step, peak learning rate (lr x images / 256)
@@ -130,6 +164,12 @@ PUBLISHED = {
     "imagenet/dino_vitb16": ({**_BASE, **_DINO, "method_kwargs.normalization": "l2"}, 1024, 3e-3),
     "imagenet/dino_vmf_vits16": ({**_SMALL, **_VMF}, 1024, 2e-3),
     "imagenet/dino_vmf_vitb16": ({**_BASE, **_VMF}, 512, 1.5e-3),
+    # the root of batch / 1024 is taken when the optimizer is made: 4e-3 at the peak
+    **{
+        f"imagenet/dinov2{vmf}_{vit}": ({**_DINOV2, **centering}, 1024, 16e-3)
+        for vmf, centering in (("", _SINKHORN), ("_vmf", _VMF))
+        for vit in ("vits14", "vitb14")
+    },
 }
 
 
@@ -143,14 +183,18 @@ def test_recipe__published_values(name, tmp_path):
     assert parse_cfg(cfg).optimizer.lr == pytest.approx(lr)
 
 
-def test_recipe__multi_crop_augmentations_are_dinos(tmp_path):
-    first, second, local = _compose("imagenet/dino_vits16", tmp_path).augmentations
-    assert [p.num_crops for p in (first, second, local)] == [1, 1, 10]
-    assert [p.crop_size for p in (first, second, local)] == [224, 224, 96]
+@pytest.mark.parametrize(
+    ("name", "locals_", "side", "split"),
+    [("dino_vits16", 10, 96, 0.25), ("dinov2_vits14", 8, 98, 0.32)],
+)
+def test_recipe__multi_crop_augmentations_are_dinos(tmp_path, name, locals_, side, split):
+    first, second, local = _compose(f"imagenet/{name}", tmp_path).augmentations
+    assert [p.num_crops for p in (first, second, local)] == [1, 1, locals_]
+    assert [p.crop_size for p in (first, second, local)] == [224, 224, side]
     for pipeline, scale, blur, solarize in (
-        (first, (0.25, 1.0), 1.0, 0.0),
-        (second, (0.25, 1.0), 0.1, 0.2),
-        (local, (0.05, 0.25), 0.5, 0.0),
+        (first, (split, 1.0), 1.0, 0.0),
+        (second, (split, 1.0), 0.1, 0.2),
+        (local, (0.05, split), 0.5, 0.0),
     ):
         assert (pipeline.rrc.crop_min_scale, pipeline.rrc.crop_max_scale) == scale
         assert pipeline.gaussian_blur.prob == blur

@@ -42,13 +42,23 @@ def test_step__waits_for_nothing(tiny_cfg, crop_loader, build, fit, method):
     assert counted.waits == 0, counted.operations
 
 
-@pytest.mark.parametrize("method", ["ibot", "ibot_vmf"])
+DINOV2 = {
+    "method_kwargs.patch_head": "separate",
+    "method_kwargs.patch_center_tokens": "masked",
+    "method_kwargs.koleo_weight": 0.1,
+    "method_kwargs.layer_decay": 0.9,
+    "method_kwargs.clip_by": "network",
+    "method_kwargs.freeze_by": "rate",
+}
+
+
+@pytest.mark.parametrize(("method", "more"), [("ibot", {}), ("ibot_vmf", {}), ("ibot_vmf", DINOV2)])
 def test_step_of_ibot__only_the_masks_are_read_and_they_are_the_processors(
-    tiny_cfg, crop_loader, build, fit, monkeypatch, method
+    tiny_cfg, crop_loader, build, fit, monkeypatch, method, more
 ):
     masks = torch.rand(8, 4) < 0.4
     monkeypatch.setattr(IBOT, "draw_masks", lambda self, images: masks)
-    counted = count(tiny_cfg, crop_loader, build, fit, method)
+    counted = count(tiny_cfg, crop_loader, build, fit, method, **more)
     assert counted.waits == counted.operations["aten::nonzero"] == 1, counted.operations
 
 

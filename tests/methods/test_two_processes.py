@@ -14,6 +14,17 @@ from torch import Tensor
 
 SINKHORN = {"method_kwargs.centering": "sinkhorn"}
 BATCHNORM = {"method_kwargs.use_bn_in_head": True}
+APART = {
+    "method_kwargs.patch_head": "separate",
+    "method_kwargs.num_patch_prototypes": 24,
+    "method_kwargs.patch_center_tokens": "masked",
+}
+RATES = {
+    "method_kwargs.layer_decay": 0.9,
+    "method_kwargs.patch_embed_lr_mult": 0.2,
+    "method_kwargs.clip_grad": 1.0,
+    "method_kwargs.clip_by": "network",
+}
 EM = {"method_kwargs.prototype_update": "em"}
 CASES = {
     "dino_multicrop": ("dino_multicrop", {}),
@@ -28,6 +39,9 @@ CASES = {
     "ibot_vmf": ("ibot_vmf", {}),
     "ibot_vmf-em": ("ibot_vmf", EM),
     "ibot_vmf-sinkhorn": ("ibot_vmf", SINKHORN),
+    "ibot-heads-apart": ("ibot", APART),
+    "ibot_vmf-heads-apart": ("ibot_vmf", APART | RATES),
+    "ibot-heads-apart-sinkhorn": ("ibot", APART | RATES | SINKHORN),
     "ibot_vmf-batchnorm": ("ibot_vmf", BATCHNORM),
     "msn": ("msn", {}),
     "msn_vmf": ("msn_vmf", {}),
