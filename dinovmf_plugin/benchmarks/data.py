@@ -9,7 +9,6 @@ folder of one's own.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -20,37 +19,33 @@ import nvidia.dali
 import torch
 from tqdm import tqdm
 
-from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
+from dinovmf_plugin.benchmarks.harness import (
+    announce,
+    graphics_card,
+    machine,
+    read_settings,
+    write_report,
+)
 from dinovmf_plugin.benchmarks.photos import write_photos
+from dinovmf_plugin.benchmarks.settings import DataSettings
 from dinovmf_plugin.data.module import pretrain_loader
 from dinovmf_plugin.data.recipe import shipped_augmentations
 from dinovmf_plugin.data.sampling import ResumableLoader
 
-__all__ = ["DEFAULTS", "main", "measure"]
+__all__ = ["main", "measure"]
 
 CANDIDATES = {"torchvision": "image_folder", "dali": "dali"}
 
-DEFAULTS: dict[str, Any] = {
-    "images": 256,  # files, generated where `folder` is not given
-    "batch": 32,
-    "workers": 2,  # worker processes of torchvision, threads of DALI
-    "rounds": 5,  # epochs of each, taking turns
-    "device": "cpu",  # of DALI: cpu or gpu
-    "recipe": "dino_multicrop",  # a file of configs/augmentations
-    "folder": "",  # images of your own, at any depth
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
 
-
-def _loader(settings: dict[str, Any], data_format: str, folder: str) -> ResumableLoader:
+def _loader(settings: DataSettings, data_format: str, folder: str) -> ResumableLoader:
     data = {"dataset": "custom", "format": data_format, "train_path": folder, "no_labels": True}
     return pretrain_loader(
         {
             "seed": 0,
-            "data": {**data, "num_workers": settings["workers"]},
-            "dali": {"device": settings["device"]},
-            "optimizer": {"batch_size": settings["batch"]},
-            "augmentations": shipped_augmentations(settings["recipe"]),
+            "data": {**data, "num_workers": settings.workers},
+            "dali": {"device": settings.device},
+            "optimizer": {"batch_size": settings.batch},
+            "augmentations": shipped_augmentations(settings.recipe),
         }
     )
 
@@ -64,11 +59,11 @@ def _epoch(loader: ResumableLoader) -> float:
     return images / (time.perf_counter() - start)
 
 
-def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
+def measure(settings: DataSettings, folder: str) -> dict[str, Any]:
     """Images per second of both loaders and their ratio.
 
     Args:
-        settings: as ``DEFAULTS``.
+        settings: of the topic.
         folder: the images.
 
     Returns:
@@ -78,7 +73,7 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     loaders = {name: _loader(settings, kind, folder) for name, kind in CANDIDATES.items()}
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     # The first round starts the workers, builds the pipeline and fills the file cache.
-    for turn in tqdm(range(settings["rounds"] + 1), desc="rounds of both loaders", unit="round"):
+    for turn in tqdm(range(settings.rounds + 1), desc="rounds of both loaders", unit="round"):
         for name, loader in loaders.items():
             rate = _epoch(loader)
             if turn > 0:
@@ -91,8 +86,8 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     }
 
 
-def _about() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def _about(device: str) -> dict[str, Any]:
+    gpu = graphics_card("device", device)
     packages = {name: version(name) for name in ("torchvision", "pillow", "numpy")}
     return {**machine(), "gpu": gpu, **packages, "dali": nvidia.dali.__version__}
 
@@ -101,30 +96,22 @@ def main(argv: list[str]) -> None:
     """Print images per second of both loaders; write JSON if ``output=`` is given.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``DataSettings``.
 
     Raises:
         ValueError: an unknown key or value.
         FileExistsError: the output exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    for key in ("images", "batch", "workers", "rounds"):
-        if settings[key] < 1:
-            raise ValueError(f"{key} must be at least 1, got {settings[key]}")
-    about = _about()
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    settings = read_settings(DataSettings, argv)
+    about = _about(settings.device)
+    announce(about)
     with tempfile.TemporaryDirectory() as folder:
-        if not settings["folder"]:
-            write_photos(Path(folder), settings["images"])
-        result = measure(settings, settings["folder"] or folder)
+        if not settings.folder:
+            write_photos(Path(folder), settings.images)
+        result = measure(settings, settings.folder or folder)
     for name, rate in result["images_per_second"].items():
-        print(f"{name:12s} {rate:8.1f} images/s with {settings['workers']} workers or threads")
+        print(f"{name:12s} {rate:8.1f} images/s with {settings.workers} workers or threads")
     print(
-        f"{'ratio':12s} {result['ratio']:8.2f} (dali / torchvision, median of {settings['rounds']} rounds)"
+        f"{'ratio':12s} {result['ratio']:8.2f} (dali / torchvision, median of {settings.rounds} rounds)"
     )
-    report = {"machine": about, "settings": settings, "results": result}
-    write_report("data", argv, report, settings["output"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_report("data", argv, settings, about, {"results": result})

@@ -5,7 +5,7 @@
     torchvision  the same step fed by torchvision's worker processes
     compiled     the step alone with ``performance.compile=True``
 
-and the two loaders alone. Steps run inside Lightning's Trainer with the recipe's crops, loss, optimiser
+and the two loaders alone. Steps run inside Lightning's Trainer with the recipe's crops, loss, optimizer
 and EMA; the files are those of ``benchmark.py data``.
 
     python scripts/benchmark.py feed device=gpu precision=bf16-mixed workers=16 output=results/feed.json
@@ -14,7 +14,6 @@ and EMA; the files are those of ``benchmark.py data``.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -29,33 +28,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from dinovmf_plugin.benchmarks.harness import machine, parse_arguments, write_report
+from dinovmf_plugin.benchmarks.harness import (
+    announce,
+    graphics_card,
+    machine,
+    read_settings,
+    write_report,
+)
 from dinovmf_plugin.benchmarks.photos import write_photos
+from dinovmf_plugin.benchmarks.settings import FeedSettings
 from dinovmf_plugin.benchmarks.training import train_quietly
 from dinovmf_plugin.data.module import pretrain_loader
 from dinovmf_plugin.pretraining import build_method
 from dinovmf_plugin.recipes import Candidate, compose_recipe
 from dinovmf_plugin.training.config import parse_cfg
 
-__all__ = ["CANDIDATES", "DEFAULTS", "main", "measure"]
+__all__ = ["main", "measure"]
 
-CANDIDATES = ("step", "dali", "torchvision", "compiled")
 _FORMATS = {"dali": "dali", "torchvision": "image_folder"}
-
-DEFAULTS: dict[str, Any] = {
-    "recipe": "imagenet/dino_vmf_vits16",
-    "batch": 64,  # images
-    "workers": 8,  # worker processes of torchvision, threads of DALI
-    "device": "cpu",  # cpu | gpu: of the step and of DALI
-    "precision": "32-true",  # Lightning's
-    "steps": 30,  # measured
-    "warmup": 10,  # steps before
-    "photos": 256,  # different files; further names link to them
-    "folder": "",  # images of your own, at any depth, instead
-    "candidates": "step,dali,torchvision",
-    "overrides": "",  # of the recipe, separated by blanks
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
 
 
 def _wait() -> None:
@@ -92,19 +82,19 @@ class _Steps:
         return islice(iter(self.batches), self.steps)
 
 
-def _recipe(settings: dict[str, Any], folder: str) -> DictConfig:
+def _recipe(settings: FeedSettings, folder: str) -> DictConfig:
     overrides = [
-        f"optimizer.batch_size={settings['batch']}",
-        f"dali.device={settings['device']}",
-        f"data.num_workers={settings['workers']}",
+        f"optimizer.batch_size={settings.batch}",
+        f"dali.device={settings.device}",
+        f"data.num_workers={settings.workers}",
         "data.dataset=custom",
         "++data.no_labels=True",
         "data.check_images=none",
         "devices='1'",
-        *settings["overrides"].split(),
+        *settings.overrides.split(),
     ]
     cfg = compose_recipe(
-        settings["recipe"],
+        settings.recipe,
         Candidate(None),
         seed=0,
         overrides=overrides,
@@ -125,42 +115,40 @@ def _on_device(batch: list[Any], device: torch.device) -> list[Any]:
     return [indexes.to(device), [crop.to(device) for crop in crops], targets.to(device)]
 
 
-def _train(
-    settings: dict[str, Any], cfg: DictConfig, batches: Iterable[Any], compiled: bool
-) -> Any:
+def _train(settings: FeedSettings, cfg: DictConfig, batches: Iterable[Any], compiled: bool) -> Any:
     """Seconds per step, and the bytes that the GPU's allocator handed out at most."""
-    steps = settings["warmup"] + settings["steps"]
+    steps = settings.warmup + settings.steps
     torch.manual_seed(0)
     cfg = cfg.copy()
     if compiled:
         OmegaConf.update(cfg, "performance.compile", True, force_add=True)
     module: LightningModule = build_method(cfg)
-    window = _Window(settings["warmup"])
+    window = _Window(settings.warmup)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    options = {"accelerator": settings["device"], "precision": settings["precision"]}
+    options = {"accelerator": settings.device, "precision": settings.precision}
     train_quietly(module, _Steps(batches, steps), window, **options)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return window.seconds / settings["steps"], peak
+    return window.seconds / settings.steps, peak
 
 
-def _alone(settings: dict[str, Any], loader: Any) -> float:
+def _alone(settings: FeedSettings, loader: Any) -> float:
     """Seconds per batch of a loader that nobody waits for."""
     batches = iter(loader)
-    for _ in islice(batches, settings["warmup"]):
+    for _ in islice(batches, settings.warmup):
         pass
     _wait()
     began = time.perf_counter()
-    count = sum(1 for _ in islice(batches, settings["steps"]))
+    count = sum(1 for _ in islice(batches, settings.steps))
     _wait()
     return (time.perf_counter() - began) / count
 
 
-def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
+def measure(settings: FeedSettings, folder: str) -> dict[str, Any]:
     """Images per second of every candidate, and of the loaders alone.
 
     Args:
-        settings: as ``DEFAULTS``.
+        settings: of the topic.
         folder: the images, at least ``(warmup + steps) * batch``.
 
     Returns:
@@ -168,23 +156,22 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
         and ``share_of_step``: how much of the speed of the step alone is left with loading.
     """
     cfg = _recipe(settings, folder)
-    device = torch.device("cuda" if settings["device"] == "gpu" else "cpu")
-    names = settings["candidates"].split(",")
+    device = torch.device("cuda" if settings.device == "gpu" else "cpu")
     step: dict[str, float] = {}
     alone: dict[str, float] = {}
     peaks: dict[str, Any] = {}
     held: list[Any] = []
-    for name in tqdm(names, desc="candidates", unit="candidate"):
+    for name in tqdm(settings.candidates, desc="candidates", unit="candidate"):
         if name in _FORMATS:
             loader = _loader(cfg, name)
-            alone[name] = settings["batch"] / _alone(settings, loader)
+            alone[name] = settings.batch / _alone(settings, loader)
             batches: Iterable[Any] = _loader(cfg, name)
         else:
             if not held:
                 held = _on_device(next(iter(_loader(cfg, "torchvision"))), device)
-            batches = [held] * (settings["warmup"] + settings["steps"])
+            batches = [held] * (settings.warmup + settings.steps)
         seconds, peaks[name] = _train(settings, cfg, batches, name == "compiled")
-        step[name] = settings["batch"] / seconds
+        step[name] = settings.batch / seconds
     share = {name: step[name] / step["step"] for name in alone if "step" in step}
     return {
         "step_images_per_second": step,
@@ -202,51 +189,31 @@ def _linked(folder: Path, photos: int, count: int) -> None:
         os.link(files[index % photos], folder / f"{index:06d}.jpg")
 
 
-def _check(settings: dict[str, Any]) -> None:
-    for key in ("batch", "workers", "steps", "photos"):
-        if settings[key] < 1:
-            raise ValueError(f"{key} must be at least 1, got {settings[key]}")
-    for name in settings["candidates"].split(","):
-        if name not in CANDIDATES:
-            raise ValueError(f"candidates={name!r} is unknown: choose from {', '.join(CANDIDATES)}")
-    if settings["device"] not in ("cpu", "gpu"):
-        raise ValueError(f"device={settings['device']!r} must be cpu or gpu")
-    if settings["device"] == "gpu" and not torch.cuda.is_available():
-        raise ValueError("device=gpu needs a CUDA device and there is none: set device=cpu")
-
-
 def main(argv: list[str]) -> None:
     """Print images per second; write JSON if ``output=`` is given.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``FeedSettings``.
 
     Raises:
         ValueError: an unknown key or value.
         FileExistsError: the output exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    _check(settings)
-    gpu = torch.cuda.get_device_name() if settings["device"] == "gpu" else None
-    about = {**machine(), "gpu": gpu}
+    settings = read_settings(FeedSettings, argv)
+    about = {**machine(), "gpu": graphics_card("device", settings.device)}
     about |= {name: version(name) for name in ("torchvision", "timm", "lightning")}
     with suppress(PackageNotFoundError):
         about["dali"] = version("nvidia-dali-cuda130")
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    announce(about)
     with tempfile.TemporaryDirectory() as folder:
-        if not settings["folder"]:
-            count = settings["batch"] * (settings["warmup"] + settings["steps"])
-            _linked(Path(folder), min(settings["photos"], count), count)
-        result = measure(settings, settings["folder"] or folder)
+        if not settings.folder:
+            count = settings.batch * (settings.warmup + settings.steps)
+            _linked(Path(folder), min(settings.photos, count), count)
+        result = measure(settings, settings.folder or folder)
     for name, rate in result["step_images_per_second"].items():
         loader = result["loader_images_per_second"].get(name)
         told = f"   loader alone {loader:8.1f}" if loader else ""
         share = result["share_of_step"].get(name)
         told += f"   {100 * share:5.1f} % of the step alone" if share else ""
         print(f"{name:12s} {rate:8.1f} images/s{told}")
-    report = {"machine": about, "settings": settings, "results": result}
-    write_report("feed", argv, report, settings["output"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_report("feed", argv, settings, about, {"results": result})

@@ -22,24 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dinovmf_plugin.benchmarks.harness import (
-    check_choice,
-    machine,
-    parse_arguments,
-    write_report,
-)
+from dinovmf_plugin.benchmarks.harness import announce, machine, read_settings, write_report
+from dinovmf_plugin.benchmarks.settings import GpuSettings, Part
 
-__all__ = ["DEFAULTS", "PARTS", "commands", "main", "run_parts"]
+__all__ = ["PARTS", "commands", "main", "run_parts"]
 
 _STEP = "step accelerator=gpu precision=bf16-mixed batch=64 rounds=3 steps=6"
 # part -> (most seconds, arguments of scripts/benchmark.py)
-PARTS: dict[str, tuple[int, str]] = {
+PARTS: dict[Part, tuple[int, str]] = {
     "loss": (60, "loss device=cuda batch=64 repeats=15 candidates=none,vmf,eager,lightly,products"),
     "step": (120, f"{_STEP} crops=10 candidates=dino_vmf,dino_vmf~compiled,lightly"),
     "host": (50, f"{_STEP} candidates=dino_vmf,host"),
@@ -54,14 +50,8 @@ PARTS: dict[str, tuple[int, str]] = {
 }
 _LEAST = 15  # seconds that a part must have left to be begun
 
-DEFAULTS: dict[str, Any] = {
-    "seconds": 480,  # of all parts together
-    "parts": ",".join(PARTS),
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
 
-
-def commands(names: list[str], folder: Path) -> dict[str, tuple[int, list[str], Path | None]]:
+def commands(names: Sequence[Part], folder: Path) -> dict[str, tuple[int, list[str], Path | None]]:
     """Part -> (most seconds, command, the report that it writes)."""
     found: dict[str, tuple[int, list[str], Path | None]] = {}
     for name in names:
@@ -132,24 +122,22 @@ def main(argv: list[str]) -> None:
     """Run the parts; print what each says and write the report after each.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``GpuSettings``.
 
     Raises:
         ValueError: for an unknown key or value, or without a CUDA device.
         FileExistsError: if the output exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    check_choice(settings, "parts", PARTS)
+    settings = read_settings(GpuSettings, argv)
     if not torch.cuda.is_available():
         raise ValueError("topic gpu needs a CUDA device, and there is none")
     about = {**machine(), "gpu": torch.cuda.get_device_name()}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    announce(about)
 
     def done(results: dict[str, Any]) -> None:
         name, last = list(results.items())[-1]
         print(f"\n{name}: {last['outcome']}, {last['seconds']:.0f} s\n{last['said']}", flush=True)
-        report = {"machine": about, "settings": settings, "results": results}
-        write_report("gpu", argv, report, settings["output"])
+        write_report("gpu", argv, settings, about, {"results": results})
 
     with tempfile.TemporaryDirectory() as folder:
-        run_parts(commands(settings["parts"].split(","), Path(folder)), settings["seconds"], done)
+        run_parts(commands(settings.parts, Path(folder)), settings.seconds, done)

@@ -9,35 +9,25 @@ The loss is that of ``benchmark.py loss`` (one step of last layer, targets and l
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dinovmf_plugin.benchmarks import knn, loss
 from dinovmf_plugin.benchmarks.harness import (
-    check_choice,
+    announce,
+    graphics_card,
+    installed_candidates,
     machine,
-    parse_arguments,
+    read_settings,
     write_report,
 )
+from dinovmf_plugin.benchmarks.settings import GrowthSettings, KnnSettings, LossSettings
 
-__all__ = ["DEFAULTS", "draw", "main", "slope"]
+__all__ = ["draw", "main", "slope"]
 
-DEFAULTS: dict[str, Any] = {
-    "prototypes": "1024,4096,16384,65536,262144",  # of the loss, at the first batch
-    "batches": "16,64,256",  # images, at the middle number of prototypes
-    "banks": "1000,10000,100000",  # rows of kNN, 384 dimensions; empty: no kNN
-    "precision": "float32",  # of the loss: float32 | bf16
-    "device": "cpu",  # of the loss: cpu | cuda
-    "repeats": 3,
-    "memory": 1,  # 0: times only
-    "figure": "",  # SVG, PNG or PDF file; drawn only if given, never over an existing one
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
 Curves = dict[str, dict[str, dict[int, float]]]  # title -> candidate -> size -> value
 
 
@@ -52,30 +42,18 @@ def slope(points: dict[int, float]) -> float:
     return float(np.polyfit(sizes, values, 1)[0])
 
 
-def _numbers(settings: dict[str, Any], key: str) -> list[int]:
-    parts = [part for part in settings[key].split(",") if part]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) == 1:
-        raise ValueError(f"{key}={settings[key]!r} must be at least two sizes, such as 1000,10000")
-    return [int(part) for part in parts]
-
-
-def _loss_point(settings: dict[str, Any], names: list[str], prototypes: int, batch: int) -> Any:
+def _loss_point(settings: GrowthSettings, names: list[str], prototypes: int, batch: int) -> Any:
     """Median seconds and peak MB of one step by candidate."""
-    options = {
-        **loss.DEFAULTS,
-        "prototypes": prototypes,
-        "device": settings["device"],
-        "repeats": settings["repeats"],
-    }
-    half = settings["precision"] == "bf16"
+    options = replace(
+        LossSettings(), prototypes=prototypes, device=settings.device, repeats=settings.repeats
+    )
+    half = settings.precision == "bf16"
     seconds = loss.measure(names, options, batch, half)["median"]
-    peaks = {
-        name: loss.fresh_peak(name, options, batch, half) for name in names if settings["memory"]
-    }
+    peaks = {name: loss.fresh_peak(name, options, batch, half) for name in names if settings.memory}
     return seconds, peaks
 
 
-def _measure(settings: dict[str, Any]) -> Curves:
+def _measure(settings: GrowthSettings) -> Curves:
     curves: Curves = {}
 
     def add(title: str, values: dict[str, float], size: int) -> None:
@@ -83,8 +61,8 @@ def _measure(settings: dict[str, Any]) -> Curves:
             curves.setdefault(title, {}).setdefault(name, {})[size] = max(value, 1e-9)
         print(f"  {title}, {size}: " + ", ".join(f"{n} {v:.4g}" for n, v in values.items()))
 
-    names = ["none", "vmf", *(["lightly"] if importlib.util.find_spec("lightly") else [])]
-    ks, batches, banks = (_numbers(settings, key) for key in ("prototypes", "batches", "banks"))
+    names = installed_candidates(["none", "vmf", "lightly"], {"lightly": "lightly"})
+    ks, batches = settings.prototypes, settings.batches
     middle = ks[len(ks) // 2]
     plans = [("prototypes", k, k, batches[0]) for k in ks]
     plans += [("images", b, middle, b) for b in batches]
@@ -93,9 +71,9 @@ def _measure(settings: dict[str, Any]) -> Curves:
         add(f"seconds of a loss step against {what}", seconds, size)
         if peaks:
             add(f"peak MB of a loss step against {what}", peaks, size)
-    searchers = ["ours", *(["faiss"] if importlib.util.find_spec("faiss") else [])]
-    for rows in banks:
-        options = {**knn.DEFAULTS, "repeats": settings["repeats"]}
+    searchers = installed_candidates(["ours", "faiss"], {"faiss": "faiss-cpu"})
+    options = KnnSettings(repeats=settings.repeats)
+    for rows in settings.banks:
         found = knn.measure(rows, 384, searchers, options)["median"]
         add("seconds of kNN against rows of the bank", found, rows)
     return curves
@@ -122,29 +100,18 @@ def main(argv: list[str]) -> None:
     """Print sizes, values and slopes; draw and write them if asked.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``GrowthSettings``.
 
     Raises:
         ValueError: for an unknown key or value.
         FileExistsError: if the output or the figure exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    check_choice(settings, "precision", ("float32", "bf16"))
-    check_choice(settings, "device", ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
-    for key in ("prototypes", "batches"):
-        if not _numbers(settings, key):
-            raise ValueError(f"{key}= must be at least two sizes, such as 1000,10000")
-    _numbers(settings, "banks")
-    figure = settings["figure"]
-    if figure and Path(figure).exists():
-        raise FileExistsError(f"figure={figure} exists: remove it or choose another name")
-    if figure and Path(figure).suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"figure={figure!r} must end in .svg, .png or .pdf")
+    settings = read_settings(GrowthSettings, argv)
     about = {
         **machine(),
-        "gpu": torch.cuda.get_device_name() if settings["device"] == "cuda" else None,
+        "gpu": graphics_card("device", settings.device),
     }
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    announce(about)
     curves = _measure(settings)
     slopes = {
         title: {name: slope(points) for name, points in candidates.items()}
@@ -152,15 +119,7 @@ def main(argv: list[str]) -> None:
     }
     for title, candidates in slopes.items():
         print(f"{title}: " + ", ".join(f"{n} slope {s:.2f}" for n, s in candidates.items()))
-    if figure:
-        draw(curves, Path(figure))
-    report = {
-        "machine": about,
-        "settings": settings,
-        "results": {"curves": curves, "slopes": slopes},
-    }
-    write_report("growth", argv, report, settings["output"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    if settings.figure:
+        draw(curves, Path(settings.figure))
+    found = {"curves": curves, "slopes": slopes}
+    write_report("growth", argv, settings, about, {"results": found})

@@ -1,83 +1,107 @@
-"""What a benchmark needs besides its candidates: arguments, the machine, peak memory, the report."""
+"""What a benchmark needs besides its candidates: settings, the machine, peak memory, the report."""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
+import pickle
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from dinovmf_plugin.benchmarks.settings import BenchmarkSettings
+from dinovmf_plugin.runs.files import write_json
+from dinovmf_plugin.runs.settings import read_arguments
+
 __all__ = [
     "allocator",
-    "check_choice",
+    "announce",
+    "graphics_card",
     "in_own_process",
+    "installed_candidates",
     "machine",
-    "parse_arguments",
     "peak_growth",
+    "read_settings",
     "write_report",
 ]
 
+SettingsT = TypeVar("SettingsT", bound=BenchmarkSettings)
 
-def parse_arguments(argv: list[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``key=value`` arguments over ``defaults``, with the types of those.
+
+def read_settings(kind: type[SettingsT], argv: list[str]) -> SettingsT:
+    """Settings of a topic from its ``key=value`` arguments.
 
     Raises:
-        ValueError: for an argument that is no ``key=value``, an unknown key or a value of another type.
-        FileExistsError: if ``output`` names an existing file.
-
-    Example:
-        >>> parse_arguments(["k=20"], {"k": 200, "output": ""})
-        {'k': 20, 'output': ''}
+        ValueError: in one sentence, for what ``runs.settings.read_arguments`` refuses.
+        FileExistsError: if a file that would be written exists.
     """
-    settings = dict(defaults)
-    for argument in argv:
-        key, separator, value = argument.removeprefix("--").partition("=")
-        if not separator or key not in defaults:
-            raise ValueError(
-                f"argument {argument!r} is unknown: write key=value with one of {', '.join(defaults)}"
-            )
-        kind = type(defaults[key])
-        try:
-            settings[key] = kind(value)
-        except ValueError:
-            raise ValueError(f"{key}={value!r} is not of type {kind.__name__}") from None
-    if settings["output"] and Path(settings["output"]).exists():
-        raise FileExistsError(
-            f"output={settings['output']} exists: remove it or choose another name"
-        )
+    settings = read_arguments(kind, argv)
+    for key in ("output", "figure"):
+        path = getattr(settings, key, None)
+        if path and Path(path).exists():
+            raise FileExistsError(f"{key}={path} exists: remove it or choose another name")
     return settings
 
 
-def check_choice(settings: Mapping[str, Any], key: str, known: Iterable[str]) -> None:
-    """Refuse an entry of a comma-separated setting that is not ``known``.
+def installed_candidates(names: Sequence[str], packages: Mapping[str, str]) -> list[str]:
+    """The candidates whose package is there; who is left out is printed.
+
+    Args:
+        names: candidates.
+        packages: what pip installs, for candidates that are modules of other projects.
+
+    Example:
+        >>> installed_candidates(["ours", "torch"], {"torch": "torch"})
+        ['ours', 'torch']
+    """
+    missing = [name for name in names if name in packages and not importlib.util.find_spec(name)]
+    for name in missing:
+        print(
+            f"{name} is not installed: left out (pip install {packages[name]}, to compare with it)"
+        )
+    return [name for name in names if name not in missing]
+
+
+def graphics_card(key: str, device: str) -> str | None:
+    """Name of the GPU that ``key=device`` asks for; None for the CPU.
 
     Raises:
-        ValueError: naming the key, the entry and what there is.
+        ValueError: if there is none.
     """
-    for value in settings[key].split(","):
-        if value not in known:
-            raise ValueError(f"{key}={value!r} is unknown: choose from {', '.join(known)}")
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        raise ValueError(f"{key}={device} needs a CUDA device, and there is none: set {key}=cpu")
+    return torch.cuda.get_device_name()
 
 
 def in_own_process(module: str, function: str, *arguments: Any) -> Any:
-    """What ``module.function(*arguments)`` returns in a fresh process; both ways as JSON.
+    """What ``module.function(*arguments)`` returns in a fresh process, as JSON holds it.
 
     Raises:
         RuntimeError: if it failed, with what it printed.
     """
-    call = f"b.{function}(*json.loads({json.dumps(arguments)!r}))"
-    code = f"import json, {module} as b; print(json.dumps({call}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    call = f"b.{function}(*pickle.load(sys.stdin.buffer))"
+    code = f"import json, pickle, sys, {module} as b; print(json.dumps({call}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps(arguments),
+        capture_output=True,
+        check=False,
+    )
     if done.returncode:
-        raise RuntimeError(f"{function} of {module} failed:\n{done.stderr}")
+        raise RuntimeError(
+            f"{function} of {module} failed:\n{done.stderr.decode(errors='replace')}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -136,13 +160,24 @@ def peak_growth(run: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
-def write_report(topic: str, argv: list[str], report: Mapping[str, Any], output: str) -> None:
-    """Write ``report`` with the command that made it as indented JSON, if ``output`` names a file."""
-    if output:
+def announce(about: Mapping[str, Any]) -> None:
+    """Print machine and versions in one line."""
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+
+
+def write_report(
+    topic: str,
+    argv: list[str],
+    settings: BenchmarkSettings,
+    about: Mapping[str, Any],
+    found: Mapping[str, Any],
+) -> None:
+    """Write command, machine, settings and what was found as JSON, if ``output`` names a file."""
+    if settings.output:
         kept = [argument for argument in argv if not argument.startswith("output=")]
+        told = {key: value for key, value in asdict(settings).items() if key != "output"}
         command = shlex.join(["python", "scripts/benchmark.py", topic, *kept])
-        settings = {key: value for key, value in report["settings"].items() if key != "output"}
-        content = {"command": command, **report, "settings": settings}
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(content, indent=2) + "\n")
-        print(f"written to {output}")
+        write_json(
+            settings.output, {"command": command, "machine": about, "settings": told, **found}
+        )
+        print(f"written to {settings.output}")

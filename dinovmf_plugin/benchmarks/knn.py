@@ -5,7 +5,7 @@ the sweep. Both candidates get the same tensors in the same process and take tur
 extra memory is measured in a fresh process.
 
     ours   evaluation.knn.knn_accuracy
-    faiss  blocks normalised, added to an IndexFlatIP (faiss-cpu) and searched for the largest k; the
+    faiss  blocks normalized, added to an IndexFlatIP (faiss-cpu) and searched for the largest k; the
            vote is ours. ``build`` and ``search`` are its two parts.
 
 The bank is sorted by class, as image folders are listed.
@@ -15,9 +15,9 @@ The bank is sorted by class, as image folders are listed.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -25,29 +25,19 @@ import torch
 from torch import Tensor
 
 from dinovmf_plugin.benchmarks.harness import (
-    check_choice,
+    announce,
     in_own_process,
+    installed_candidates,
     machine,
-    parse_arguments,
     peak_growth,
+    read_settings,
     write_report,
 )
+from dinovmf_plugin.benchmarks.settings import KnnSettings
 from dinovmf_plugin.features.knn import knn_accuracy, vote_ranks
 
-__all__ = ["CANDIDATES", "DEFAULTS", "Workload", "main", "measure", "peak_memory"]
+__all__ = ["Workload", "main", "measure", "peak_memory"]
 
-CANDIDATES = ("ours", "faiss")
-DEFAULTS: dict[str, Any] = {
-    "shapes": "200000x384,1280000x768",  # bank rows x dimensions, comma-separated
-    "queries": 1000,
-    "ks": "10,20,100,200",
-    "classes": 1000,
-    "dtype": "float32",  # of the bank: float32 or float16
-    "repeats": 3,
-    "memory": 1,  # 0: times only
-    "candidates": ",".join(CANDIDATES),
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
 _BLOCK = 65536
 _TEMPERATURE = 0.07
 Accuracy = dict[int, tuple[float, float]]
@@ -59,18 +49,18 @@ class Workload:
     Args:
         rows: of the bank.
         dim: of every feature.
-        settings: the numbers of ``DEFAULTS``.
+        settings: of the topic.
     """
 
-    def __init__(self, rows: int, dim: int, settings: dict[str, Any]) -> None:
+    def __init__(self, rows: int, dim: int, settings: KnnSettings) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.classes: int = settings["classes"]
+        self.classes: int = settings.classes
         self.centers = torch.randn(self.classes, dim, generator=self.generator)
-        self.ks = [int(k) for k in settings["ks"].split(",")]
-        dtype: torch.dtype = getattr(torch, settings["dtype"])
+        self.ks = list(settings.ks)
+        dtype: torch.dtype = getattr(torch, settings.dtype)
         self.bank_labels = self._labels(rows).sort().values
         self.bank = self._features(self.bank_labels, dtype)
-        self.query_labels = self._labels(settings["queries"])
+        self.query_labels = self._labels(settings.queries)
         self.queries = self._features(self.query_labels, torch.float32)
 
     def _labels(self, count: int) -> Tensor:
@@ -128,7 +118,7 @@ class Workload:
         return self.faiss() if name == "faiss" else self.ours()
 
 
-def measure(rows: int, dim: int, names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+def measure(rows: int, dim: int, names: list[str], settings: KnnSettings) -> dict[str, Any]:
     """Seconds of the candidates, taking turns.
 
     Returns:
@@ -141,7 +131,7 @@ def measure(rows: int, dim: int, names: list[str], settings: dict[str, Any]) -> 
     cpu: dict[str, list[float]] = {name: [] for name in names}
     parts: dict[str, list[float]] = {}
     accuracy: dict[str, Accuracy] = {}
-    for _ in range(settings["repeats"]):
+    for _ in range(settings.repeats):
         for name in names:
             started, computed = time.perf_counter(), time.process_time()
             accuracy[name], of_this = load.run(name)
@@ -166,72 +156,49 @@ def measure(rows: int, dim: int, names: list[str], settings: dict[str, Any]) -> 
     }
 
 
-def peak_memory(rows: int, dim: int, name: str, settings: dict[str, Any]) -> int:
+def peak_memory(rows: int, dim: int, name: str, settings: KnnSettings) -> int:
     """Bytes by which this process grows, at most, in one evaluation; the features are there before."""
-    few = settings | {"ks": "1", "queries": 2, "classes": 2}
+    few = replace(settings, ks=[1], queries=2, classes=2)
     Workload(64, dim, few).run(name)  # brings in the libraries
     load = Workload(rows, dim, settings)
     return peak_growth(lambda: load.run(name))
 
 
-def _fresh_peak(rows: int, dim: int, name: str, settings: dict[str, Any]) -> float:
+def _fresh_peak(rows: int, dim: int, name: str, settings: KnnSettings) -> float:
     """``peak_memory`` in MB (1e6 bytes), in a process that did nothing else."""
     module = "dinovmf_plugin.benchmarks.knn"
     return float(in_own_process(module, "peak_memory", rows, dim, name, settings)) / 1e6
-
-
-def _shapes(settings: dict[str, Any]) -> list[tuple[int, int]]:
-    pairs = [shape.split("x") for shape in settings["shapes"].split(",")]
-    if not all(len(p) == 2 and all(n.isdecimal() and int(n) > 0 for n in p) for p in pairs):
-        raise ValueError(
-            f"shapes={settings['shapes']!r} must be banks as ROWSxDIMENSIONS, such as 200000x384"
-        )
-    check_choice(settings, "dtype", ("float32", "float16"))
-    if not all(k.isdecimal() and int(k) > 0 for k in settings["ks"].split(",")):
-        raise ValueError(f"ks={settings['ks']!r} must be numbers of neighbours, such as 10,20")
-    for key in ("queries", "classes", "repeats"):
-        if settings[key] < 1:
-            raise ValueError(f"{key}={settings[key]} must be at least 1")
-    return [(int(rows), int(dim)) for rows, dim in pairs]
-
-
-def _candidates(settings: dict[str, Any]) -> list[str]:
-    check_choice(settings, "candidates", CANDIDATES)
-    names: list[str] = settings["candidates"].split(",")
-    if "faiss" in names and importlib.util.find_spec("faiss") is None:
-        print("faiss is not installed: left out (pip install faiss-cpu, to compare with it)")
-        names = [name for name in names if name != "faiss"] or ["ours"]
-    return names
 
 
 def main(argv: list[str]) -> None:
     """Print times, ratios and peak memory; write them as JSON if ``output=`` is given.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``KnnSettings``.
 
     Raises:
         ValueError: for an unknown key or value.
         FileExistsError: if the output exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    shapes, names = _shapes(settings), _candidates(settings)
+    settings = read_settings(KnnSettings, argv)
+    names = installed_candidates(settings.candidates, {"faiss": "faiss-cpu"}) or ["ours"]
     about = machine() | ({"faiss-cpu": version("faiss-cpu")} if "faiss" in names else {})
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    announce(about)
     results = []
-    for rows, dim in shapes:
+    for shape in settings.shapes:
+        rows, dim = map(int, shape.split("x"))
         row: dict[str, Any] = {"bank": [rows, dim], **measure(rows, dim, names, settings)}
         row["seconds_per_1000_queries"] = {
-            name: 1000 * value / settings["queries"] for name, value in row["median"].items()
+            name: 1000 * value / settings.queries for name, value in row["median"].items()
         }
         row["peak_mb"] = {
-            name: _fresh_peak(rows, dim, name, settings) for name in names if settings["memory"]
+            name: _fresh_peak(rows, dim, name, settings) for name in names if settings.memory
         }
-        print(f"\nbank {rows} x {dim} {settings['dtype']}, {settings['queries']} queries")
+        print(f"\nbank {rows} x {dim} {settings.dtype}, {settings.queries} queries")
         for name, median in row["median"].items():
             peak = f", peak {row['peak_mb'][name]:.0f} MB" if row["peak_mb"] else ""
             print(f"  {name:6s}{median:8.2f} s ({row['cpu_median'][name]:.2f} s of CPU){peak}")
-        if set(names) == set(CANDIDATES):
+        if {"ours", "faiss"} <= set(names):
             ours, theirs = row["median"]["ours"], row["median"]["faiss"]
             cpu = row["cpu_median"]["faiss"] / row["cpu_median"]["ours"]
             search = row["parts"]["search"] / ours
@@ -241,5 +208,4 @@ def main(argv: list[str]) -> None:
                 f"alone {search:.2f}; accuracies differ by {row['difference']:.3f} points"
             )
         results.append(row)
-    report = {"machine": about, "settings": settings, "results": results}
-    write_report("knn", argv, report, settings["output"])
+    write_report("knn", argv, settings, about, {"results": results})

@@ -1,6 +1,6 @@
 """Count what one training step asks of the device: kernels, and reads that wait for it.
 
-PyTorch's dispatcher sees every operation of forward, backward, clipping, optimiser and EMA. Views and
+PyTorch's dispatcher sees every operation of forward, backward, clipping, optimizer and EMA. Views and
 empty memory launch nothing and are left out; an operation over a list of tensors counts once.
 """
 
@@ -78,10 +78,10 @@ class StepLaunches(Callback):
     """Counts the operations of one step of a Trainer, by phase, up to the next step's beginning.
 
     Args:
-        step: which batch, counted from 0; the first one also makes the optimiser's state.
+        step: which batch, counted from 0; the first one also makes the optimizer's state.
 
     Attributes:
-        phases: ``forward``, ``backward``, ``update`` (clipping and optimiser) and ``after`` (EMA, logs).
+        phases: ``forward``, ``backward``, ``update`` (clipping and optimizer) and ``after`` (EMA, logs).
     """
 
     def __init__(self, step: int = 1) -> None:
@@ -112,7 +112,7 @@ class StepLaunches(Callback):
             self._enter("update")
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """The optimiser is done; what the method does after it lasts until the next batch."""
+        """The optimizer is done; what the method does after it lasts until the next batch."""
         if self._counter is not None:
             self._enter("after")
 

@@ -9,10 +9,8 @@ one's peak extra memory in a fresh process of its own. ``loss_candidates`` says 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import random
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -20,31 +18,20 @@ import torch
 from torch import Tensor
 
 from dinovmf_plugin.benchmarks.harness import (
-    check_choice,
+    announce,
+    graphics_card,
     in_own_process,
+    installed_candidates,
     machine,
-    parse_arguments,
     peak_growth,
+    read_settings,
     write_report,
 )
-from dinovmf_plugin.benchmarks.loss_candidates import CANDIDATES, Workload
+from dinovmf_plugin.benchmarks.loss_candidates import Workload
+from dinovmf_plugin.benchmarks.settings import LossSettings
 from dinovmf_plugin.losses.plan import multiplies_natively
 
-__all__ = ["DEFAULTS", "fresh_peak", "main", "measure", "peak_memory"]
-
-DEFAULTS: dict[str, Any] = {
-    "batch": "16,64",  # images, comma-separated
-    "precision": "float32,bf16",
-    "device": "cpu",  # or cuda
-    "prototypes": 65536,
-    "dim": 256,
-    "crops": 10,  # local crops, besides two global ones
-    "repeats": 7,
-    "slow_seconds": 3.0,  # a candidate whose first step takes longer is repeated 3 times only
-    "memory": 1,  # 0: times only
-    "candidates": "none,vmf,lightly,per_pair,products",  # and eager, of interest on a GPU
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
+__all__ = ["fresh_peak", "main", "measure", "peak_memory"]
 
 
 def _difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]:
@@ -58,15 +45,15 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) -> dict[str, Any]:
+def measure(names: list[str], settings: LossSettings, batch: int, half: bool) -> dict[str, Any]:
     """Times of the candidates in turns of changing order, and how far gradients are from ``none``'s.
 
     Returns:
         ``seconds`` (all), ``median``, ``best``, ``spread`` (slowest over fastest) and ``difference``
         by candidate.
     """
-    device = settings["device"]
-    load = Workload(batch, settings["prototypes"], settings["dim"], settings["crops"], half, device)
+    device = settings.device
+    load = Workload(batch, settings.prototypes, settings.dim, settings.crops, half, device)
     steps = {name: load.candidate(name) for name in names}
     first, reference = {}, {}
     difference = {}
@@ -79,10 +66,10 @@ def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) 
             reference = result
         elif reference and result and name != "vmf":
             difference[name] = _difference(result, reference)
-    slow = {name for name, s in first.items() if s > settings["slow_seconds"]}
+    slow = {name for name, s in first.items() if s > settings.slow_seconds}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     turns = random.Random(0)
-    for repeat in range(settings["repeats"]):
+    for repeat in range(settings.repeats):
         # who comes after whom matters (memory just freed, caches): another order every time
         for name in turns.sample(names, len(names)):
             if name in slow and repeat >= 3:
@@ -101,16 +88,16 @@ def measure(names: list[str], settings: dict[str, Any], batch: int, half: bool) 
     }
 
 
-def peak_memory(name: str, settings: dict[str, Any], batch: int, half: bool) -> int:
+def peak_memory(name: str, settings: LossSettings, batch: int, half: bool) -> int:
     """Bytes by which this process's resident set grows, at most, in two steps of a candidate.
 
     A small step first brings in the libraries; then the kernel's peak counter is reset
     (/proc/self/clear_refs), so that what was resident before does not hide the growth. On a GPU it is
     what PyTorch's allocator hands out.
     """
-    dim, crops, device = (settings[key] for key in ("dim", "crops", "device"))
+    dim, crops, device = settings.dim, settings.crops, settings.device
     Workload(2, 512, dim, crops, half, device).candidate(name)()
-    load = Workload(batch, settings["prototypes"], dim, crops, half, device)
+    load = Workload(batch, settings.prototypes, dim, crops, half, device)
     step = load.candidate(name)
 
     def two_steps() -> None:
@@ -126,21 +113,12 @@ def peak_memory(name: str, settings: dict[str, Any], batch: int, half: bool) -> 
     return torch.cuda.max_memory_allocated() - allocated
 
 
-def fresh_peak(name: str, settings: dict[str, Any], batch: int, half: bool) -> float:
+def fresh_peak(name: str, settings: LossSettings, batch: int, half: bool) -> float:
     """``peak_memory`` in MB (1e6 bytes), on a CPU in a process that did nothing else."""
-    if settings["device"] == "cuda":
+    if settings.device == "cuda":
         return peak_memory(name, settings, batch, half) / 1e6
     module = "dinovmf_plugin.benchmarks.loss"
     return float(in_own_process(module, "peak_memory", name, settings, batch, half)) / 1e6
-
-
-def _check(settings: dict[str, Any]) -> None:
-    sizes = settings["batch"].split(",")
-    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise ValueError(f"batch={settings['batch']!r} must be numbers of images, such as 16,64")
-    check_choice(settings, "precision", ("float32", "bf16"))
-    check_choice(settings, "candidates", CANDIDATES)
-    check_choice(settings, "device", ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
 
 
 def _ratios(values: dict[str, float]) -> dict[str, float]:
@@ -173,42 +151,33 @@ def main(argv: list[str]) -> None:
     """Print a table of times, peak memory and ratios; write them as JSON if ``output=`` is given.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``LossSettings``.
 
     Raises:
         ValueError: for an unknown key or value.
         FileExistsError: if the output exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    _check(settings)
-    names = settings["candidates"].split(",")
-    if "lightly" in names and importlib.util.find_spec("lightly") is None:
-        print("lightly is not installed: left out (pip install lightly, to compare with it)")
-        names.remove("lightly")
+    settings = read_settings(LossSettings, argv)
+    names = installed_candidates(settings.candidates, {"lightly": "lightly"})
     if "none" not in names:
         names.insert(0, "none")  # everything is compared with it
-    device = settings["device"]
+    device = settings.device
     about = {
         **machine(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": graphics_card("device", device),
         "bf16_products": multiplies_natively(torch.bfloat16, device),
     }
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    announce(about)
     rows = []
-    for precision in settings["precision"].split(","):
-        for batch in map(int, settings["batch"].split(",")):
+    for precision in settings.precision:
+        for batch in settings.batch:
             half = precision == "bf16"
             row: dict[str, Any] = {"batch": batch, "precision": precision}
             row.update(measure(names, settings, batch, half))
             row["time_ratio"] = _ratios(row["median"])
-            peaks = {n: fresh_peak(n, settings, batch, half) for n in names if settings["memory"]}
+            peaks = {n: fresh_peak(n, settings, batch, half) for n in names if settings.memory}
             row["peak_mb"] = peaks
             row["peak_ratio"] = _ratios(peaks) if peaks else {}
             _print(row)
             rows.append(row)
-    report = {"machine": about, "settings": settings, "results": rows}
-    write_report("loss", argv, report, settings["output"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_report("loss", argv, settings, about, {"results": rows})

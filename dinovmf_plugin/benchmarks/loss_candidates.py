@@ -7,7 +7,7 @@
     products    only the matrix products that nobody can do without: teacher and student logits and the
                 two gradients of the student's, in the faster memory layout (prototypes first)
 
-All but ``products`` include the teacher's softmax targets and the centre's update. Under bf16 on a CPU
+All but ``products`` include the teacher's softmax targets and the center's update. Under bf16 on a CPU
 that only emulates it, ``products`` are float32 products: the fastest that this machine can do.
 """
 
@@ -29,9 +29,8 @@ from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
 from dinovmf_plugin.losses.dino import view_pairs
 from dinovmf_plugin.losses.plan import multiplies_natively
 
-__all__ = ["CANDIDATES", "Workload"]
+__all__ = ["Workload"]
 
-CANDIDATES = ("none", "vmf", "eager", "lightly", "per_pair", "products")
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE, MOMENTUM = 0.1, 0.04, 0.9
 
 Forward = Callable[[], Tensor]
@@ -80,7 +79,7 @@ class Workload:
         elif name == "per_pair":
             forward, layer = self._per_pair(y)
         else:
-            raise ValueError(f"candidates={name!r} is unknown: choose from {', '.join(CANDIDATES)}")
+            raise ValueError(f"there is no candidate {name!r}")
         leaves: dict[str, Tensor] = {"embeddings": y, **dict(layer.named_parameters())}
 
         def step() -> dict[str, Tensor]:

@@ -2,16 +2,17 @@
 
 Each candidate runs, forward and backward, in a fresh process on the same tensors: bottleneck vectors of all
 views, as the projection heads return them. The CLS loss, the patch loss, the teacher's targets and both
-centres are included; backbones and heads are not.
+centers are included; backbones and heads are not.
 
-    ibot      this project, free prototypes, centring of the logits
-    ibot_vmf  this project, vMF prototypes, centring of the probabilities
+    ibot      this project, free prototypes, centering of the logits
+    ibot_vmf  this project, vMF prototypes, centering of the probabilities
     plain     iBOT's formula as it is written: student and teacher logits of every patch of both views
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,31 +20,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinovmf_plugin.benchmarks.harness import (
-    check_choice,
+    announce,
     in_own_process,
     machine,
-    parse_arguments,
     peak_growth,
+    read_settings,
     write_report,
 )
+from dinovmf_plugin.benchmarks.settings import MemorySettings
 from dinovmf_plugin.core.centering import make_centering
 from dinovmf_plugin.core.masking import MaskSampler
 from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.losses.dino import dino_loss
 from dinovmf_plugin.losses.ibot import ibot_patch_loss, patch_targets, update_patch_center
 
-__all__ = ["CANDIDATES", "Workload", "main", "measure"]
+__all__ = ["Workload", "main", "measure"]
 
-CANDIDATES = ("ibot", "ibot_vmf", "plain")
-DEFAULTS: dict[str, Any] = {
-    "batch": 64,  # images
-    "crops": 10,  # local crops, besides two global ones
-    "grid": 14,  # patches in a row and in a column of a global crop
-    "prototypes": 8192,
-    "dim": 256,
-    "candidates": ",".join(CANDIDATES),
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
 _STUDENT, _CLS, _PATCH = 0.1, 0.04, 0.04
 _GLOBALS = 2
 
@@ -52,13 +44,13 @@ class Workload:
     """The same bottleneck vectors, masks and prototypes for every candidate.
 
     Args:
-        settings: the numbers of ``DEFAULTS``.
+        settings: of the topic.
         normalization: of the prototypes.
     """
 
-    def __init__(self, settings: dict[str, Any], normalization: Any = "none") -> None:
+    def __init__(self, settings: MemorySettings, normalization: Any = "none") -> None:
         generator = torch.Generator().manual_seed(0)
-        batch, grid, dim = settings["batch"], settings["grid"], settings["dim"]
+        batch, grid, dim = settings.batch, settings.grid, settings.dim
         images = _GLOBALS * batch
 
         def units(*shape: int) -> Tensor:
@@ -66,13 +58,13 @@ class Workload:
 
         self.batch = batch
         self.masks = MaskSampler([0.0, 0.3], [0.0, 0.2])(images, grid, grid, generator)
-        self.student_cls = units((_GLOBALS + settings["crops"]) * batch)
+        self.student_cls = units((_GLOBALS + settings.crops) * batch)
         self.teacher_cls = units(images)
         self.student_patches = units(images, grid * grid)
         self.teacher_patches = units(images, grid * grid)
         torch.manual_seed(0)
         self.student, self.teacher = (
-            Prototypes(dim, settings["prototypes"], normalization) for _ in range(2)
+            Prototypes(dim, settings.prototypes, normalization) for _ in range(2)
         )
 
     def project(self, centering: Any) -> dict[str, Tensor]:
@@ -132,19 +124,19 @@ class Workload:
         return {name: value for name, value in out.items() if value is not None}
 
     def run(self, name: str) -> dict[str, Tensor]:
-        """One step of a candidate: loss, patch centre and gradients."""
+        """One step of a candidate: loss, patch center and gradients."""
         if name == "plain":
             return self.plain()
         return self.project("probability" if name == "ibot_vmf" else "logit")
 
 
-def measure(name: str, settings: dict[str, Any]) -> dict[str, float]:
+def measure(name: str, settings: MemorySettings) -> dict[str, float]:
     """CPU seconds of a step and the memory, in MB (1e6 bytes), by which this process grows in it.
 
     A small step first brings in the libraries; then the kernel's peak counter is reset.
     """
     normalization = "vmf" if name == "ibot_vmf" else "none"
-    Workload({**settings, "batch": 2, "prototypes": 64}, normalization).run(name)
+    Workload(replace(settings, batch=2, prototypes=64), normalization).run(name)
     load = Workload(settings, normalization)
     found: list[Any] = []
 
@@ -157,9 +149,9 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, float]:
     return {"loss": found[0], "cpu_seconds": found[1], "peak_mb": peak / 1e6}
 
 
-def _difference(settings: dict[str, Any]) -> dict[str, float]:
+def _difference(settings: MemorySettings) -> dict[str, float]:
     """Largest difference between ``ibot`` and ``plain``, relative to the largest entry (8 images)."""
-    load = Workload({**settings, "batch": min(settings["batch"], 8)})
+    load = Workload(replace(settings, batch=min(settings.batch, 8)))
     ours, plain = load.run("ibot"), load.run("plain")
     return {
         key: float((ours[key] - plain[key]).abs().max() / plain[key].abs().max()) for key in ours
@@ -170,25 +162,25 @@ def main(argv: list[str]) -> None:
     """Print peak memory and times; write them as JSON if ``output=`` is given.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``MemorySettings``.
 
     Raises:
         ValueError: for an unknown key or value.
         FileExistsError: if the output exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    check_choice(settings, "candidates", CANDIDATES)
-    masks = Workload({**settings, "dim": 4, "prototypes": 4}).masks
+    settings = read_settings(MemorySettings, argv)
+    about = machine()
+    announce(about)
+    masks = Workload(replace(settings, dim=4, prototypes=4)).masks
     masked = {"patches": masks.numel(), "masked": int(masks.sum())}
     print(
-        f"batch {settings['batch']}, 2 global and {settings['crops']} local crops, K "
-        f"{settings['prototypes']}, {masked['masked']} of {masked['patches']} patches masked"
+        f"batch {settings.batch}, 2 global and {settings.crops} local crops, K "
+        f"{settings.prototypes}, {masked['masked']} of {masked['patches']} patches masked"
     )
     results: dict[str, dict[str, float]] = {}
-    for name in settings["candidates"].split(","):
-        results[name] = in_own_process(
-            "dinovmf_plugin.benchmarks.memory", "measure", name, settings
-        )
+    module = "dinovmf_plugin.benchmarks.memory"
+    for candidate in settings.candidates:
+        results[candidate] = in_own_process(module, "measure", candidate, settings)
     largest = results.get("plain", {}).get("peak_mb")
     for name, row in results.items():
         share = f", {row['peak_mb'] / largest:.3f} of plain" if largest else ""
@@ -196,6 +188,5 @@ def main(argv: list[str]) -> None:
     difference = _difference(settings)
     worst = max(difference, key=lambda key: difference[key])
     print(f"  largest relative difference of ibot from plain: {difference[worst]:.1e} ({worst})")
-    report = {"machine": machine(), "settings": settings, **masked}
-    report |= {"results": results, "difference": difference}
-    write_report("memory", argv, report, settings["output"])
+    found = {**masked, "results": results, "difference": difference}
+    write_report("memory", argv, settings, about, found)

@@ -16,7 +16,6 @@ Likelihoods are of held-out rows, per row, with respect to the sphere's surface 
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
 import warnings
@@ -31,27 +30,19 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.mixture import GaussianMixture
 
 from dinovmf_plugin.benchmarks.harness import (
-    check_choice,
+    announce,
     in_own_process,
+    installed_candidates,
     machine,
-    parse_arguments,
     peak_growth,
+    read_settings,
     write_report,
 )
+from dinovmf_plugin.benchmarks.settings import MixtureSettings
 from dinovmf_plugin.mixture import VonMisesFisherMixture
 
-__all__ = ["CANDIDATES", "DEFAULTS", "fit", "main", "measure", "peak_memory", "workload"]
+__all__ = ["fit", "main", "measure", "peak_memory", "workload"]
 
-CANDIDATES = ("ours", "chemomae", "gaussian")
-DEFAULTS: dict[str, Any] = {
-    "shapes": "50000x64x32,50000x256x64",  # rows x dimensions x components, comma-separated
-    "held_out": 10_000,
-    "max_iter": 100,
-    "seeds": 3,  # fits of each candidate
-    "memory": 1,  # 0: no peaks
-    "candidates": ",".join(CANDIDATES),
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
 _BLOCK = 65536
 
 
@@ -106,7 +97,7 @@ def _as_ours(
 
 
 def measure(
-    rows: int, dim: int, components: int, names: list[str], settings: dict[str, Any]
+    rows: int, dim: int, components: int, names: list[str], settings: MixtureSettings
 ) -> dict[str, Any]:
     """Fits of the candidates, taking turns.
 
@@ -114,15 +105,15 @@ def measure(
         By candidate: ``seconds`` (all), ``median``, ``log_likelihood`` (held out, all) and ``adjusted_rand``
         (of the predicted components and the classes, held out, all).
     """
-    x, labels = workload(rows + settings["held_out"], dim, components)
+    x, labels = workload(rows + settings.held_out, dim, components)
     train, held_out, truth = x[:rows], x[rows:], labels[rows:]
     found: dict[str, Any] = {
         name: {"seconds": [], "log_likelihood": [], "adjusted_rand": []} for name in names
     }
-    for seed in range(settings["seeds"]):
+    for seed in range(settings.seeds):
         for name in names:
             started = time.perf_counter()
-            mixture = fit(name, train, components, settings["max_iter"], seed)
+            mixture = fit(name, train, components, settings.max_iter, seed)
             found[name]["seconds"].append(time.perf_counter() - started)
             found[name]["log_likelihood"].append(mixture.score(held_out))
             found[name]["adjusted_rand"].append(
@@ -140,58 +131,37 @@ def peak_memory(rows: int, dim: int, components: int, name: str, max_iter: int) 
     return peak_growth(lambda: fit(name, x, components, max_iter, 0))
 
 
-def _shapes(settings: dict[str, Any]) -> list[tuple[int, int, int]]:
-    shapes = [shape.split("x") for shape in settings["shapes"].split(",")]
-    if not all(len(s) == 3 and all(n.isdecimal() and int(n) > 1 for n in s) for s in shapes):
-        raise ValueError(
-            f"shapes={settings['shapes']!r} must be ROWSxDIMENSIONSxCOMPONENTS, such as 50000x64x32"
-        )
-    for key in ("held_out", "max_iter", "seeds"):
-        if settings[key] < 1:
-            raise ValueError(f"{key}={settings[key]} must be at least 1")
-    return [(int(rows), int(dim), int(components)) for rows, dim, components in shapes]
-
-
-def _candidates(settings: dict[str, Any]) -> list[str]:
-    check_choice(settings, "candidates", CANDIDATES)
-    names: list[str] = settings["candidates"].split(",")
-    if "chemomae" in names and importlib.util.find_spec("chemomae") is None:
-        print("chemomae is not installed: left out (pip install chemomae, to compare with it)")
-        names = [name for name in names if name != "chemomae"] or ["ours"]
-    return names
-
-
 def main(argv: list[str]) -> None:
     """Print likelihoods, times and peak memory; write them as JSON if ``output=`` is given.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``MixtureSettings``.
 
     Raises:
         ValueError: for an unknown key or value.
         FileExistsError: if the output exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    shapes, names = _shapes(settings), _candidates(settings)
+    settings = read_settings(MixtureSettings, argv)
+    names = installed_candidates(settings.candidates, {"chemomae": "chemomae"}) or ["ours"]
     about = machine() | {"scikit-learn": version("scikit-learn")}
     if "chemomae" in names:
         about["chemomae"] = version("chemomae")
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    announce(about)
     results = []
-    for shape in shapes:
-        found = measure(*shape, names, settings)
-        print(f"\n{shape[0]} rows x {shape[1]}, {shape[2]} components, {settings['seeds']} fits")
+    for text in settings.shapes:
+        rows, dim, components = shape = [int(number) for number in text.split("x")]
+        found = measure(rows, dim, components, names, settings)
+        print(f"\n{rows} rows x {dim}, {components} components, {settings.seeds} fits")
         for name, row in found.items():
             peak = ""
-            if settings["memory"]:
+            if settings.memory:
                 module = "dinovmf_plugin.benchmarks.mixture"
-                arguments = (*shape, name, settings["max_iter"])
+                arguments = (*shape, name, settings.max_iter)
                 row["peak_mb"] = in_own_process(module, "peak_memory", *arguments) / 1e6
                 peak = f", peak {row['peak_mb']:.0f} MB"
             print(
                 f"  {name:9s} log-likelihood {statistics.mean(row['log_likelihood']):9.3f}, adjusted Rand "
                 f"{statistics.mean(row['adjusted_rand']):.3f}, {row['median']:.1f} s{peak}"
             )
-        results.append({"shape": list(shape), "candidates": found})
-    report = {"machine": about, "settings": settings, "results": results}
-    write_report("mixture", argv, report, settings["output"])
+        results.append({"shape": shape, "candidates": found})
+    write_report("mixture", argv, settings, about, {"results": results})

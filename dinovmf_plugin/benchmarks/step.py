@@ -1,14 +1,14 @@
 """A whole training step inside the Trainer: DINO-vMF beside lightly's loop and solo-learn's own DINO.
 
     dino_vmf           the method with its defaults (vmf + probability)
-    dino_vmf none      the same step with ``normalization=none``: what the log-normaliser costs
+    dino_vmf none      the same step with ``normalization=none``: what the log-normalizer costs
     dino_vmf compiled  the same step with ``performance.compile=True`` (not among the defaults)
     dino_multicrop     DINO as published (none + logit)
     lightly            DINO as lightly's example wires it (optional: pip install lightly)
     host               solo-learn's ``dino`` on the same two views; it has no multi-crop, so only with crops=0
 
 All train the same backbone on the same crops, which come as the loaders give them, and take turns, some
-steps at a time. A step is the time from one batch to the next: forward, loss, backward, optimiser, EMA and
+steps at a time. A step is the time from one batch to the next: forward, loss, backward, optimizer, EMA and
 Lightning's own work.
 
     python scripts/benchmark.py step batch=8 output=results/benchmark_step.json
@@ -17,7 +17,6 @@ Lightning's own work.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from importlib.metadata import version
 from typing import Any
@@ -29,41 +28,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinovmf_plugin import host
 from dinovmf_plugin.benchmarks.harness import (
-    check_choice,
+    announce,
+    graphics_card,
     machine,
-    parse_arguments,
+    read_settings,
     write_report,
 )
 from dinovmf_plugin.benchmarks.launches import StepLaunches
+from dinovmf_plugin.benchmarks.settings import StepSettings
 from dinovmf_plugin.benchmarks.step_candidates import (
     CANDIDATES,
     CLASSES,
-    HOST,
-    LIGHTLY,
-    PATCH,
     available,
     build,
     recipe,
 )
 from dinovmf_plugin.benchmarks.training import train_quietly
 
-__all__ = ["DEFAULTS", "count", "main", "measure"]
-
-DEFAULTS: dict[str, Any] = {
-    "batch": 8,  # images
-    "crops": 0,  # local crops, besides two global ones
-    "backbone": "vit_small",
-    "size": 224,  # of global crops; local ones have 96 / 224 of it, in whole patches
-    "prototypes": 65536,
-    "precision": "32-true",  # Lightning's
-    "accelerator": "cpu",  # cpu | gpu
-    "batches": "pinned",  # on a GPU: device (as DALI gives them) | pinned (torchvision) | pageable
-    "candidates": "dino_vmf,dino_vmf none,dino_multicrop,lightly,host",
-    "peak_tflops": 989.0,  # of the card in this precision: H100 with dense bf16 products
-    "rounds": 5,  # turns of each candidate
-    "steps": 4,  # measured steps of a turn; two more warm up
-    "output": "",  # JSON file; written only if given, never over an existing one
-}
+__all__ = ["count", "main", "measure"]
 
 
 class _Clock(Callback):
@@ -79,7 +61,7 @@ class _Clock(Callback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of all steps but the first, which allocates the optimiser's state."""
+        """Of all steps but the first, which allocates the optimizer's state."""
         return [b - a for a, b in zip(self.starts[1:-1], self.starts[2:], strict=True)]
 
 
@@ -101,19 +83,19 @@ class _Operations(Callback):
             self.total, self._counter = self._counter.get_total_flops(), None
 
 
-def _batch(settings: dict[str, Any]) -> list[Any]:
+def _batch(settings: StepSettings) -> list[Any]:
     sizes = [
         pipeline.crop_size
         for pipeline in recipe(settings, CANDIDATES["dino_vmf"]).augmentations
         for _ in range(pipeline.num_crops)
     ]
     generator = torch.Generator().manual_seed(0)
-    count = settings["batch"]
+    count = settings.batch
 
     def placed(x: torch.Tensor) -> torch.Tensor:
-        if settings["accelerator"] != "gpu" or settings["batches"] == "pageable":
+        if settings.accelerator != "gpu" or settings.batches == "pageable":
             return x
-        return x.cuda() if settings["batches"] == "device" else x.pin_memory()
+        return x.cuda() if settings.batches == "device" else x.pin_memory()
 
     crops = [torch.randn(count, 3, size, size, generator=generator) for size in sizes]
     labels = torch.randint(CLASSES, (count,), generator=generator)
@@ -121,14 +103,15 @@ def _batch(settings: dict[str, Any]) -> list[Any]:
 
 
 def _train(
-    settings: dict[str, Any], module: LightningModule, batch: list[Any], steps: int, watch: Callback
+    settings: StepSettings, module: LightningModule, batch: list[Any], steps: int, watch: Callback
 ) -> None:
     loader: Any = DataLoader([batch] * steps, batch_size=None)  # type: ignore[arg-type]
-    options = {key: settings[key] for key in ("accelerator", "precision")}
-    train_quietly(module, loader, watch, **options)
+    train_quietly(
+        module, loader, watch, accelerator=settings.accelerator, precision=settings.precision
+    )
 
 
-def count(settings: dict[str, Any], module: LightningModule, batch: list[Any]) -> dict[str, Any]:
+def count(settings: StepSettings, module: LightningModule, batch: list[Any]) -> dict[str, Any]:
     """What one step asks for, by the dispatcher: ``launches``, ``waits`` and ``flops`` of its products.
 
     None for compiled modules, whose operations the dispatcher does not see.
@@ -141,30 +124,30 @@ def count(settings: dict[str, Any], module: LightningModule, batch: list[Any]) -
     return {"launches": launches.total, "waits": launches.waits, "flops": operations.total}
 
 
-def measure(settings: dict[str, Any]) -> dict[str, Any]:
+def measure(settings: StepSettings) -> dict[str, Any]:
     """Seconds per step of every candidate.
 
     Args:
-        settings: as ``DEFAULTS``.
+        settings: of the topic.
 
     Returns:
         ``seconds`` (all), their ``median``, ``ratio`` (the median of dino_vmf over each other
         candidate's), ``images_per_second``, ``counts`` (see ``count``), on a GPU also ``peak_mb`` and
         ``share`` of the card's peak, by candidate.
     """
-    names = available(settings["candidates"].split(","), settings["crops"])
+    names = available(settings.candidates, settings.crops)
     modules = {name: build(settings, name) for name in names}
     batch = _batch(settings)
-    on_gpu = settings["accelerator"] == "gpu"
+    on_gpu = settings.accelerator == "gpu"
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0.0)
-    for turn in range(settings["rounds"]):
+    for turn in range(settings.rounds):
         # every other turn in reverse order: a machine that slows down does not favour the first
         for name in names if turn % 2 == 0 else reversed(names):
             clock = _Clock()
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            _train(settings, modules[name], batch, settings["steps"] + 2, clock)
+            _train(settings, modules[name], batch, settings.steps + 2, clock)
             seconds[name] += clock.seconds
             if on_gpu:
                 peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() / 1e6)
@@ -176,30 +159,16 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         "seconds": seconds,
         "median": median,
         "ratio": {name: ours / value for name, value in median.items() if name != "dino_vmf"},
-        "images_per_second": {name: settings["batch"] / value for name, value in median.items()},
+        "images_per_second": {name: settings.batch / value for name, value in median.items()},
         "counts": counts,
     }
     if on_gpu:
         # a compiled step makes the same products
         flops = {name: counts[name]["flops"] or counts["dino_vmf"]["flops"] for name in names}
-        peak = settings["peak_tflops"] * 1e12
+        peak = settings.peak_tflops * 1e12
         result["share"] = {name: flops[name] / median[name] / peak for name in names}
         result["peak_mb"] = peaks
     return result
-
-
-def _check(settings: dict[str, Any]) -> None:
-    for key, low in {"batch": 1, "crops": 0, "size": PATCH, "rounds": 1, "steps": 1}.items():
-        if settings[key] < low:
-            raise ValueError(f"{key}={settings[key]} must be at least {low}")
-    check_choice(settings, "candidates", (*CANDIDATES, LIGHTLY, HOST))
-    check_choice(settings, "batches", ("device", "pinned", "pageable"))
-    if "dino_vmf" not in settings["candidates"].split(","):
-        raise ValueError(
-            "candidates must have dino_vmf among them, which all others are compared to"
-        )
-    if settings["accelerator"] == "gpu" and not torch.cuda.is_available():
-        raise ValueError("accelerator=gpu needs a CUDA device, and there is none: set it to cpu")
 
 
 def _line(name: str, result: dict[str, Any]) -> str:
@@ -218,28 +187,21 @@ def main(argv: list[str]) -> None:
     """Print seconds per step and ratios; write them as JSON if ``output=`` is given.
 
     Args:
-        argv: ``key=value`` arguments, keys as in ``DEFAULTS``.
+        argv: ``key=value`` arguments, keys of ``StepSettings``.
 
     Raises:
         ValueError: for an unknown key or value.
         FileExistsError: if the output exists already.
     """
-    settings = parse_arguments(argv, DEFAULTS)
-    _check(settings)
-    on_gpu = settings["accelerator"] == "gpu"
-    info = {
+    settings = read_settings(StepSettings, argv)
+    about = {
         **machine(),
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "gpu": graphics_card("accelerator", settings.accelerator),
         "lightning": version("lightning"),
         "solo_learn": host.GENERATION,
     }
-    print(", ".join(f"{key} {value}" for key, value in info.items()))
+    announce(about)
     result = measure(settings)
     for name in result["median"]:
         print(_line(name, result))
-    report = {"machine": info, "settings": settings, "results": result}
-    write_report("step", argv, report, settings["output"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_report("step", argv, settings, about, {"results": result})

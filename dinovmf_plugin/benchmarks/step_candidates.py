@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from dinovmf_plugin.benchmarks.harness import installed_candidates
+from dinovmf_plugin.benchmarks.settings import PATCH, StepSettings
 from dinovmf_plugin.core.vit import forward_tokens
 from dinovmf_plugin.pretraining import build_method
 from dinovmf_plugin.recipes import Candidate, compose_recipe
 from dinovmf_plugin.training.config import parse_cfg
 
-__all__ = ["CANDIDATES", "CLASSES", "HOST", "LIGHTLY", "PATCH", "available", "build", "recipe"]
+__all__ = ["CANDIDATES", "CLASSES", "HOST", "LIGHTLY", "available", "build", "recipe"]
 
 CANDIDATES = {
     "dino_vmf": Candidate("dino_vmf"),
@@ -25,7 +27,7 @@ CANDIDATES = {
     "dino_multicrop": Candidate("dino_multicrop"),
 }
 HOST, LIGHTLY = "host", "lightly"
-PATCH, CLASSES = 16, 1000
+CLASSES = 1000
 _HOST_KWARGS = (
     "proj_hidden_dim",
     "proj_output_dim",
@@ -40,15 +42,15 @@ _HOST_KWARGS = (
 )
 
 
-def recipe(settings: dict[str, Any], candidate: Candidate) -> DictConfig:
+def recipe(settings: StepSettings, candidate: Candidate) -> DictConfig:
     """The config of one of this project's candidates."""
-    crops = settings["crops"]
+    crops = settings.crops
     overrides = [
         f"augmentations={'dino_multicrop' if crops else 'dino_two_crops'}",
-        f"backbone.name={settings['backbone']}",
-        f"backbone.kwargs.img_size={settings['size']}",
-        f"optimizer.batch_size={settings['batch']}",
-        f"method_kwargs.num_prototypes={settings['prototypes']}",
+        f"backbone.name={settings.backbone}",
+        f"backbone.kwargs.img_size={settings.size}",
+        f"optimizer.batch_size={settings.batch}",
+        f"method_kwargs.num_prototypes={settings.prototypes}",
         "method_kwargs.freeze_last_layer=0",
         "++method_kwargs.monitor=False",
         "data.no_labels=True",
@@ -58,9 +60,9 @@ def recipe(settings: dict[str, Any], candidate: Candidate) -> DictConfig:
         "custom/dino_vmf", candidate, seed=0, overrides=overrides, data={"train_path": "."}
     )
     for pipeline in cfg.augmentations:
-        pipeline.crop_size = settings["size"]
+        pipeline.crop_size = settings.size
     if crops:
-        local = settings["size"] * 96 // 224 // PATCH * PATCH
+        local = settings.size * 96 // 224 // PATCH * PATCH
         cfg.augmentations[-1].update({"crop_size": max(local, PATCH), "num_crops": crops})
     cfg = parse_cfg(cfg)
     cfg.data.num_classes = CLASSES
@@ -68,16 +70,13 @@ def recipe(settings: dict[str, Any], candidate: Candidate) -> DictConfig:
     return cfg
 
 
-def available(names: list[str], crops: int) -> list[str]:
+def available(names: Sequence[str], crops: int) -> list[str]:
     """The candidates that can take part: the host has no multi-crop, lightly may not be installed."""
-    left_out = {HOST} if crops else set()
-    if LIGHTLY in names and importlib.util.find_spec("lightly") is None:
-        print("lightly is not installed: left out (pip install lightly, to compare with it)")
-        left_out.add(LIGHTLY)
-    return [name for name in names if name not in left_out]
+    possible = [name for name in names if not (crops and name == HOST)]
+    return installed_candidates(possible, {LIGHTLY: "lightly"})
 
 
-def build(settings: dict[str, Any], name: str) -> LightningModule:
+def build(settings: StepSettings, name: str) -> LightningModule:
     """The module of a candidate."""
     torch.manual_seed(0)
     if name in CANDIDATES:
@@ -86,7 +85,7 @@ def build(settings: dict[str, Any], name: str) -> LightningModule:
         return build_method(cfg)  # type: ignore[no-any-return]
     cfg = recipe(settings, CANDIDATES["dino_multicrop"])
     if name == LIGHTLY:
-        return LightlyDINO(build_method(cfg).backbone, settings["prototypes"])
+        return LightlyDINO(build_method(cfg).backbone, settings.prototypes)
     cfg.method = "dino"
     kept = {key: cfg.method_kwargs[key] for key in _HOST_KWARGS}
     cfg.method_kwargs = OmegaConf.create({**kept, "norm_last_layer": False})

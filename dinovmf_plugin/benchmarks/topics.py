@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
-import sys
 from types import ModuleType
+
+from dinovmf_plugin.benchmarks.settings import TOPIC_SETTINGS
+from dinovmf_plugin.runs.cli import one_clear_message
+from dinovmf_plugin.runs.reference import keys_of, text_table
 
 __all__ = ["TOPICS", "describe", "main"]
 
@@ -22,7 +24,6 @@ TOPICS = {
     "mixture": "the vMF mixture beside a public one and Gaussian mixtures",
     "transfer": "the cross-validated regression",
 }
-_KEY = re.compile(r'^    "(\w+)": (.+?),(?:\s*# (.*))?$', re.MULTILINE)
 
 
 def _overview() -> str:
@@ -33,45 +34,40 @@ def _overview() -> str:
     )
 
 
-def describe(module: ModuleType) -> str:
-    """What a topic measures, and its keys with defaults and remarks.
+def _module(topic: str) -> ModuleType:
+    return importlib.import_module(f"dinovmf_plugin.benchmarks.{topic}")
+
+
+def describe(topic: str) -> str:
+    """What a topic measures, and its keys with types, bounds, defaults and help.
 
     Example:
-        >>> from dinovmf_plugin.benchmarks import memory
-        >>> text = describe(memory)
+        >>> text = describe("memory")
         >>> "batch=64" in text, "local crops, besides two global ones" in text
         (True, True)
     """
-    source = inspect.getsource(module)
-    remarks = {key: remark for key, _, remark in _KEY.findall(source[source.index("DEFAULTS") :])}
-    keys = [
-        f"  {f'{key}={value}':34s} {remarks.get(key, '')}".rstrip()
-        for key, value in module.DEFAULTS.items()
-    ]
-    return "\n".join([inspect.getdoc(module) or "", "", "Keys, with their defaults:", *keys])
+    keys = text_table(keys_of(TOPIC_SETTINGS[topic]))
+    title = "Keys, with their defaults (write lists with commas: key=1,2):"
+    return f"{inspect.getdoc(_module(topic))}\n\n{title}\n{keys}"
 
 
+@one_clear_message
 def main(argv: list[str]) -> None:
-    """Run one topic, or print help.
+    """Run one topic, or print help; what is refused is said in one sentence.
 
     Args:
         argv: a topic and its ``key=value`` arguments; ``--help`` alone or after a topic.
 
     Raises:
-        SystemExit: for an unknown topic, and with one sentence for what a topic refuses.
+        SystemExit: with status 2, for an unknown topic and for what a topic refuses.
     """
     topic, *rest = argv or [""]
     asked = {"-h", "--help", "help"}
     if topic in asked:
         print(_overview())
-        return
-    if topic not in TOPICS:
-        sys.exit(f"benchmark {topic!r} is unknown: choose one of {', '.join(TOPICS)}")
-    module = importlib.import_module(f"dinovmf_plugin.benchmarks.{topic}")
-    if asked & set(rest):
-        print(describe(module))
-        return
-    try:
-        module.main(rest)
-    except (ValueError, FileExistsError) as error:
-        sys.exit(f"benchmark {topic}: {error}")
+    elif topic not in TOPICS:
+        raise ValueError(f"benchmark {topic!r} is unknown: choose one of {', '.join(TOPICS)}")
+    elif asked & set(rest):
+        print(describe(topic))
+    else:
+        _module(topic).main(rest)

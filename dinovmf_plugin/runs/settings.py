@@ -22,7 +22,7 @@ from typing_extensions import Doc
 
 from dinovmf_plugin.runs.bounds import in_words
 
-__all__ = ["Doc", "Setting", "Settings", "plain", "read", "settings_of"]
+__all__ = ["Doc", "Setting", "Settings", "plain", "read", "read_arguments", "settings_of"]
 
 
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -115,6 +115,19 @@ class Setting:
             verb = "be set to" if value is None else "be"
             raise ValueError(f"{self.name}={value!r} must {verb} {right}{as_list}") from None
 
+    def parse(self, text: str) -> Any:
+        """The value that a text stands for: commas separate a list; no text is an empty list or null.
+
+        Raises:
+            ValueError: naming the key, the text and what would be right.
+        """
+        for value in (text, text.split(",")) if text else (text, [], None):
+            try:
+                return self._adapter.validate_python(value, strict=False)
+            except ValidationError:
+                continue
+        raise ValueError(f"{self.name}={text} must be {in_words(self.hint)}")
+
 
 _KNOWN: dict[type[Settings], dict[str, Setting]] = {}
 
@@ -203,3 +216,33 @@ def read(kind: type[SettingsT], values: object, prefix: str = "") -> SettingsT:
         return kind(**(required | values))
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
+
+
+def read_arguments(kind: type[SettingsT], arguments: Sequence[str]) -> SettingsT:
+    """Settings from ``key=value`` arguments, for commands that do without hydra.
+
+    Args:
+        kind: the settings class, without groups.
+        arguments: such as ``["ks=10,20", "output=a.json"]``; of two with the same key the last one counts.
+
+    Raises:
+        ValueError: for an argument that is no ``key=value``, and as ``read``.
+
+    Example:
+        >>> from dinovmf_plugin.runs.bounds import Count
+        >>> keys = [("ks", Sequence[Count], (10, 20)), ("memory", bool, True)]
+        >>> Knn = dataclasses.make_dataclass("Knn", keys, bases=(Settings,), frozen=True)
+        >>> read_arguments(Knn, ["ks=10,200", "memory=0"])
+        Knn(ks=[10, 200], memory=False)
+        >>> read_arguments(Knn, ["ks=0"])
+        Traceback (most recent call last):
+        ValueError: ks=0 must be a list of whole numbers of at least 1
+    """
+    known = settings_of(kind)
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            raise ValueError(f"{argument} must be key=value with one of {', '.join(known)}")
+        values[key] = known[key].parse(text) if key in known else text
+    return read(kind, values)

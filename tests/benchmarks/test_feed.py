@@ -39,10 +39,10 @@ def test_report__rates_with_and_without_loading(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("candidates=step,webdataset", "candidates='webdataset' is unknown"),
-        ("device=tpu", "device='tpu' must be cpu or gpu"),
-        ("steps=0", "steps must be at least 1, got 0"),
-        ("stepz=2", "argument 'stepz=2' is unknown"),
+        ("candidates=step,webdataset", "candidates=step,webdataset must be a list of step, dali"),
+        ("device=tpu", "device=tpu must be cpu or gpu"),
+        ("steps=0", "steps=0 must be a whole number of at least 1"),
+        ("stepz=2", "stepz is no known key: did you mean steps"),
     ],
 )
 def test_wrong_argument__is_named(argument, message):

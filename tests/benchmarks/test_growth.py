@@ -34,11 +34,15 @@ def test_report__curves_slopes_and_a_figure(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("prototypes=1024", "prototypes='1024' must be at least two sizes"),
-        ("batches=", "batches= must be at least two sizes"),
-        ("banks=many,1", "banks='many,1'"),
-        ("precision=fp8", "fp8"),
-        ("figure=a.gif", "must end in .svg"),
+        (
+            "prototypes=1024",
+            "prototypes=1024 must be a list of whole numbers of at least 1, 2 at least",
+        ),
+        ("batches=", "batches= must be a list of whole numbers of at least 1, 2 at least"),
+        ("banks=many,1", "banks=many,1 must be a list"),
+        ("banks=10", "banks=10 must be at least two sizes"),
+        ("precision=fp8", "precision=fp8 must be float32 or bf16"),
+        ("figure=a.gif", "must be a path that ends in .svg"),
     ],
 )
 def test_wrong_argument__is_named(argument, message):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dinovmf_plugin.benchmarks import knn
+from dinovmf_plugin.benchmarks.settings import KnnSettings
 
 SMALL = ["shapes=600x64,400x48", "queries=30", "classes=12", "repeats=2", "ks=1,7"]
 
@@ -33,7 +34,7 @@ def test_report__has_times_accuracies_and_the_command(tmp_path, capsys):
 
 def test_faiss__does_the_same_job():
     pytest.importorskip("faiss")
-    settings = knn.DEFAULTS | {"queries": 50, "classes": 9, "ks": "1,7", "repeats": 1}
+    settings = KnnSettings(queries=50, classes=9, ks=(1, 7), repeats=1)
     row = knn.measure(700, 10, ["ours", "faiss"], settings)
     assert row["difference"] == 0
     assert set(row["parts"]) == {"build", "search"}
@@ -42,7 +43,7 @@ def test_faiss__does_the_same_job():
 
 def test_without_faiss__it_is_left_out_by_name(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.setattr(knn.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     knn.main([*SMALL, "memory=0"])
     out = capsys.readouterr().out
     assert "faiss is not installed: left out (pip install faiss-cpu" in out
@@ -50,7 +51,7 @@ def test_without_faiss__it_is_left_out_by_name(capsys, monkeypatch):
 
 
 def test_peak_memory__does_not_grow_with_bank_or_queries():
-    settings = knn.DEFAULTS | {"queries": 3000, "ks": "10"}
+    settings = KnnSettings(queries=3000, ks=(10,))
     peak = knn.peak_memory(60000, 8, "ours", settings)
     assert peak < 0.3 * 4 * 60000 * 3000  # bytes of all similarities
 
@@ -58,14 +59,14 @@ def test_peak_memory__does_not_grow_with_bank_or_queries():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("shape=3x3", "shape=3x3"),
-        ("shapes=3by3", "shapes='3by3' must be banks"),
-        ("shapes=0x3", "shapes='0x3'"),
-        ("ks=0", "ks='0'"),
-        ("dtype=int8", "dtype='int8'"),
-        ("candidates=ours,theirs", "theirs"),
-        ("queries=0", "queries=0 must be at least 1"),
-        ("repeats=many", "repeats='many' is not of type int"),
+        ("shape=3x3", "shape is no known key: did you mean shapes"),
+        ("shapes=3by3", "shapes=3by3 must be a list of ROWSxDIMENSIONS"),
+        ("shapes=0x3", "shapes=0x3 must be"),
+        ("ks=0", "ks=0 must be a list of whole numbers"),
+        ("dtype=int8", "dtype=int8 must be float32 or float16"),
+        ("candidates=ours,theirs", "candidates=ours,theirs must be a list of ours or faiss"),
+        ("queries=0", "queries=0 must be a whole number of at least 1"),
+        ("repeats=many", "repeats=many must be a whole number"),
     ],
 )
 def test_wrong_argument__is_named(argument, message):

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from dinovmf_plugin.benchmarks import step, step_candidates
 from dinovmf_plugin.benchmarks.launches import Launches, StepLaunches
+from dinovmf_plugin.benchmarks.settings import StepSettings
 from dinovmf_plugin.benchmarks.training import train_quietly
 
 
@@ -27,14 +28,7 @@ def test_launches__views_and_empty_memory_are_free_and_backward_counts():
 
 
 def test_bf16_step_of_a_vit_s_with_12_crops_and_clipping__under_2000_launches():
-    settings = {
-        **step.DEFAULTS,
-        "batch": 1,
-        "crops": 10,
-        "size": 64,
-        "prototypes": 512,
-        "precision": "bf16-mixed",
-    }
+    settings = StepSettings(batch=1, crops=10, size=64, prototypes=512, precision="bf16-mixed")
     module = step_candidates.build(settings, "dino_vmf")
     module.settings = dataclasses.replace(module.settings, clip_grad=3.0)
     assert len(module.backbone.blocks) == 12

@@ -9,6 +9,7 @@ import torch
 
 from dinovmf_plugin.benchmarks import loss
 from dinovmf_plugin.benchmarks.loss_candidates import Workload
+from dinovmf_plugin.benchmarks.settings import LossSettings
 
 SMALL = ["batch=2", "prototypes=96", "dim=16", "crops=3", "repeats=1"]
 
@@ -42,13 +43,15 @@ def test_lightly__has_the_same_loss_and_gradients():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("bach=3", "bach"),
-        ("batch=two", "batch='two'"),
-        ("precision=fp8", "fp8"),
-        ("candidates=none,theirs", "theirs"),
-        ("device=tpu", "device=.tpu."),
-        ("repeats=many", "repeats='many'"),
-        ("repeats", "key=value"),
+        ("bach=3", "bach is no known key: did you mean batch"),
+        ("batch=two", "batch=two must be a list of whole numbers"),
+        ("precision=fp8", "precision=fp8 must be a list of float32 or bf16"),
+        ("candidates=none,theirs", "candidates=none,theirs must be a list of none, vmf, "),
+        ("candidates=", "candidates= must be a list of none, vmf, "),
+        ("device=tpu", "device=tpu must be cpu or cuda"),
+        ("repeats=many", "repeats=many must be a whole number"),
+        ("slow_seconds=nan", "slow_seconds=nan must be a number above 0"),
+        ("repeats", "repeats must be key=value with one of output, batch"),
     ],
 )
 def test_wrong_argument__is_named(argument, message):
@@ -57,7 +60,7 @@ def test_wrong_argument__is_named(argument, message):
 
 
 def test_peak_memory__counts_what_a_step_needs():
-    settings = {**loss.DEFAULTS, "prototypes": 8192, "dim": 16, "crops": 2}
+    settings = LossSettings(prototypes=8192, dim=16, crops=2)
     # in a process of its own: here, memory that other tests have freed would be used again
     peak = 1e6 * loss.fresh_peak("products", settings, 256, half=False)
     logits = 4 * 8192 * 4 * 256  # bytes of the student's logits alone

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from dinovmf_plugin.benchmarks import mixture
+from dinovmf_plugin.benchmarks.settings import MixtureCandidate
 
 
-@pytest.mark.parametrize("name", mixture.CANDIDATES)
+@pytest.mark.parametrize("name", get_args(MixtureCandidate))
 def test_candidates__find_what_is_easy(name):
     if name == "chemomae":
         pytest.importorskip("chemomae")
@@ -56,7 +58,7 @@ def test_without_chemomae__it_is_left_out_by_name(capsys, monkeypatch):
 
 
 def test_arguments__named_when_wrong():
-    with pytest.raises(ValueError, match="shapes='5x5' must be ROWSxDIMENSIONSxCOMPONENTS"):
+    with pytest.raises(ValueError, match="shapes=5x5 must be a list of ROWSxDIMENSIONSxCOMPONENTS"):
         mixture.main(["shapes=5x5"])
-    with pytest.raises(ValueError, match="candidates='theirs' is unknown"):
+    with pytest.raises(ValueError, match="candidates=theirs must be a list of ours, chemomae"):
         mixture.main(["candidates=theirs"])

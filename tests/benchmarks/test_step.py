@@ -9,6 +9,7 @@ import statistics
 import pytest
 
 from dinovmf_plugin.benchmarks import step, step_candidates
+from dinovmf_plugin.benchmarks.settings import StepSettings
 
 TINY = ["batch=2", "backbone=vit_nano", "size=32", "prototypes=32", "rounds=2", "steps=2"]
 
@@ -40,7 +41,7 @@ def test_report__times_of_every_candidate(tmp_path, capsys, crops):
 
 
 def test_candidates__share_backbone_prototypes_and_views():
-    settings = {**step.DEFAULTS, "backbone": "vit_nano", "size": 32, "prototypes": 32}
+    settings = StepSettings(backbone="vit_nano", size=32, prototypes=32)
     ours, theirs = (step_candidates.build(settings, name) for name in ("dino_multicrop", "host"))
     assert type(theirs).__name__ == "DINO"
     their_backbone = getattr(theirs, "backbone", None) or theirs.encoder  # 1.0.2's name
@@ -56,14 +57,15 @@ def test_candidates__share_backbone_prototypes_and_views():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("bach=3", "bach"),
-        ("batch=two", "batch='two'"),
-        ("rounds=0", "rounds=0 must be at least 1"),
-        ("crops=-1", "crops=-1 must be at least 0"),
-        ("steps", "key=value"),
-        ("candidates=dino_vmf,ours", "candidates='ours' is unknown"),
+        ("bach=3", "bach is no known key: did you mean batch"),
+        ("batch=two", "batch=two must be a whole number"),
+        ("rounds=0", "rounds=0 must be a whole number of at least 1"),
+        ("crops=-1", "crops=-1 must be a whole number of at least 0"),
+        ("size=8", "size=8 must be a whole number of at least 16"),
+        ("steps", "steps must be key=value"),
+        ("candidates=dino_vmf,ours", "candidates=dino_vmf,ours must be a list of dino_vmf, "),
         ("candidates=host", "dino_vmf among them"),
-        ("batches=swapped", "batches='swapped' is unknown"),
+        ("batches=swapped", "batches=swapped must be device, pinned or pageable"),
     ],
 )
 def test_wrong_argument__is_named(argument, message):

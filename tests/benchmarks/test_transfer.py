@@ -38,7 +38,8 @@ def test_generated_features__share_their_classes_between_seeds():
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"), [("rows=0", "rows=0"), ("n_jobs=0", "n_jobs='0'"), ("fold=2", "fold=")]
+    ("argument", "message"),
+    [("rows=0", "rows=0"), ("n_jobs=0", "n_jobs=0 must be"), ("fold=2", "did you mean folds")],
 )
 def test_wrong_argument__is_named(argument, message):
     with pytest.raises(ValueError, match=message):

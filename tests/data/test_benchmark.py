@@ -44,9 +44,9 @@ def test_main__ratio_of_one_run(tmp_path: Path, folder: Path, capsys: Any) -> No
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("speed=2", "argument 'speed=2' is unknown: write key=value with one of images, "),
-        ("batch=x", "batch='x' is not of type int"),
-        ("rounds=0", "rounds must be at least 1, got 0"),
+        ("speed=2", "speed is no known key: known keys are output, images"),
+        ("batch=x", "batch=x must be a whole number"),
+        ("rounds=0", "rounds=0 must be a whole number of at least 1"),
         ("recipe=dinox", "the recipe 'dinox' does not exist"),
     ],
 )

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dinovmf_plugin.benchmarks import memory
+from dinovmf_plugin.benchmarks.settings import MemorySettings
 
-SMALL = {**memory.DEFAULTS, "batch": 3, "crops": 2, "grid": 14, "prototypes": 40, "dim": 16}
+SMALL = MemorySettings(batch=3, crops=2, grid=14, prototypes=40, dim=16)
 
 
 def test_candidates__same_loss_center_and_gradients():
@@ -22,9 +23,9 @@ def test_candidates__same_loss_center_and_gradients():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("batches=3", "argument 'batches=3' is unknown"),
-        ("batch=many", "batch='many' is not of type int"),
-        ("candidates=dino", "candidates='dino' is unknown"),
+        ("batches=3", "batches is no known key: did you mean batch"),
+        ("batch=many", "batch=many must be a whole number"),
+        ("candidates=dino", "candidates=dino must be a list of ibot"),
     ],
 )
 def test_main__bad_argument__is_named(argument, message):

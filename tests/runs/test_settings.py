@@ -26,7 +26,7 @@ from dinovmf_plugin.runs.bounds import (
     in_words,
 )
 from dinovmf_plugin.runs.bounds import Path as FilePath
-from dinovmf_plugin.runs.settings import Doc, Settings, read, settings_of
+from dinovmf_plugin.runs.settings import Doc, Settings, read, read_arguments, settings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +161,46 @@ def _just_outside(hint: Any) -> Iterator[float]:
             edge = mark.ge if isinstance(mark, Ge) else mark.le
             sign = -1 if isinstance(mark, Ge) else 1
             yield edge + sign if whole else math.nextafter(edge, sign * math.inf)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Told(Settings):
+    names: Annotated[Sequence[Literal["a", "b c"]], AtLeastOne] = ("a",)
+    sizes: Sequence[Count] = (1, 2)
+    share: Share = 0.5
+    whole: bool = True
+    free: str = "x"
+    path: FilePath | None = None
+
+
+def test_read_arguments__text_by_the_type_of_its_key():
+    assert read_arguments(Told, []) == Told()
+    argv = ["names=a,b c", "--sizes=", "share=1e-3", "whole=0", "free=a=1,b", "path=a,b.json"]
+    told = read_arguments(Told, argv)
+    assert told.names == ["a", "b c"]
+    assert told.sizes == []
+    assert (told.share, told.whole, told.free, told.path) == (1e-3, False, "a=1,b", "a,b.json")
+    assert read_arguments(Told, ["sizes=16", "path=b", "path="]) == Told(sizes=[16], path=None)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("names=", "names= must be a list of a or b c, one at least"),
+        ("names=a,c", "names=a,c must be a list of a or b c, one at least"),
+        ("sizes=1,,2", "sizes=1,,2 must be a list of whole numbers of at least 1"),
+        ("sizes=1.5", "sizes=1.5 must be a list of whole numbers of at least 1"),
+        ("share=1", "share=1 must be a number of at least 0 and below 1"),
+        ("share=nan", "share=nan must be a number of at least 0 and below 1"),
+        ("whole=maybe", "whole=maybe must be true or false"),
+        ("share", "share must be key=value with one of names, sizes, share, whole, free, path"),
+        ("shares=1", "shares is no known key: did you mean share?"),
+    ],
+)
+def test_read_arguments__what_is_wrong_is_one_sentence(argument, sentence):
+    with pytest.raises(ValueError) as caught:
+        read_arguments(Told, [argument])
+    assert str(caught.value) == sentence
 
 
 def test_settings_are_found():
