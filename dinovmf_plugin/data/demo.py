@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gzip
-import io
 import json
-import pickle
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -27,43 +24,7 @@ from tqdm import tqdm
 
 from dinovmf_plugin.data.folders import take_fraction
 from dinovmf_plugin.data.photographs import PHOTOGRAPHS, read_patches
-
-# What a pickled numpy array consists of; everything else in a foreign pickle is refused.
-_NUMPY_NAMES = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.numeric", "_frombuffer"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("_codecs", "encode"),
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NUMPY_NAMES:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a numpy array")
-        return super().find_class(module, name)
-
-
-def load_pickled_array(data: bytes) -> Any:
-    """Read a pickled numpy array without executing anything else.
-
-    Args:
-        data: the pickle.
-
-    Returns:
-        The array.
-
-    Raises:
-        pickle.UnpicklingError: the pickle holds something else.
-
-    Example:
-        >>> load_pickled_array(pickle.dumps(np.arange(3))).tolist()
-        [0, 1, 2]
-    """
-    return _ArrayUnpickler(io.BytesIO(data)).load()
+from dinovmf_plugin.data.safe_pickle import load_plain_pickle
 
 
 @dataclass(frozen=True)
@@ -135,7 +96,7 @@ _ANIMALS = (
 
 def _read_animals() -> Pictures:
     arrays = [
-        load_pickled_array(gzip.decompress(_file("animal-mnist", ending).read_bytes()))
+        load_plain_pickle(_file("animal-mnist", ending))
         for ending in ("animal_data_version_3.gz", "animal_label_version_3.gz")
     ]
     pixels, labels = np.asarray(arrays[0]), [_ANIMALS[int(label)] for label in arrays[1]]

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import math
 import shutil
 import sys
+import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 from tqdm import tqdm
 
 __all__ = ["build", "read_idx"]
@@ -38,21 +41,23 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: the file is no idx file of unsigned bytes, or is cut off; the message names it.
     """
-    data = path.read_bytes()
     try:
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is no whole gzip file: {error}") from error
-    # two zero bytes, the type (8: unsigned bytes), the number of axes, then their big-endian lengths
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{str(path)!r} is no idx file of unsigned bytes")
-    start = 4 + 4 * data[3]
-    shape = tuple(int(n) for n in np.frombuffer(data[4:start], dtype=">u4"))
-    if len(data) - start != math.prod(shape):
+        if path.suffix != ".gz":
+            values = read_sn3_pascalvincent_tensor(str(path))
+        else:
+            with gzip.open(path) as packed, tempfile.NamedTemporaryFile() as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+                unpacked.flush()
+                values = read_sn3_pascalvincent_tensor(unpacked.name)
+    except gzip.BadGzipFile as error:
+        raise ValueError(f"{str(path)!r} is no gzip file: {error}") from error
+    except (AssertionError, EOFError, KeyError, RuntimeError, ValueError, zlib.error) as error:
         raise ValueError(
-            f"{str(path)!r} is cut off: {len(data) - start} bytes of values, expected {math.prod(shape)}"
-        )
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+            f"{str(path)!r} is no idx file of unsigned bytes, or is cut off"
+        ) from error
+    if values.dtype != torch.uint8:
+        raise ValueError(f"{str(path)!r} is no idx file of unsigned bytes but of {values.dtype}")
+    return np.asarray(values.numpy())
 
 
 def _find(source: Path, name: str) -> Path:

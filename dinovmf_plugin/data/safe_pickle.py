@@ -7,6 +7,7 @@ array, and they resolve to the small stand-ins below, never to NumPy's or Python
 
 from __future__ import annotations
 
+import gzip
 import pickle
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,15 @@ def _plain(value: Any, done: dict[int, Any], depth: int = 0) -> Any:
 def load_plain_pickle(path: str | Path) -> Any:
     """Load a pickle of dicts, lists, tuples, numbers, text and NumPy arrays of these.
 
-    Pickles of Python 2 and 3, protocols 0 to 5, and of NumPy 1 and 2 are read.
+    Pickles of Python 2 and 3, protocols 0 to 5, and of NumPy 1 and 2 are read; a file that ends in ``.gz``
+    is unpacked.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a pickle or holds anything else; nothing that it names is run.
     """
-    with open(path, "rb") as file:
+    opened = gzip.open if Path(path).suffix == ".gz" else open
+    with opened(path, "rb") as file:
         try:
             return _plain(_PlainUnpickler(file, encoding="latin1").load(), {})
         except Exception as error:  # a damaged pickle can raise nearly anything

@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import pickle
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,22 +89,6 @@ def test_main(tmp_path: Path, capsys: Any) -> None:
     assert "bright" in output
     with pytest.raises(SystemExit, match="demo data: .* already holds another data set"):
         demo.main(["--output", str(tmp_path / "d"), "--dataset", "squares", "--seed", "9"])
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return (print, ("executed",))
-
-
-def test_load_pickled_array__executes_nothing(capsys: Any) -> None:
-    with pytest.raises(pickle.UnpicklingError, match="print has no place in a numpy array"):
-        demo.load_pickled_array(pickle.dumps(Evil()))
-    assert capsys.readouterr().out == ""
-    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    for protocol in (2, 4, pickle.HIGHEST_PROTOCOL):
-        np.testing.assert_array_equal(
-            demo.load_pickled_array(pickle.dumps(array, protocol=protocol)), array
-        )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("animal_mnist") is None, reason="needs animal-mnist")

@@ -48,7 +48,11 @@ def test_build__never_overwrites(source: Path, tmp_path: Path) -> None:
     ("damage", "words"),
     [
         (lambda data: data[:-1], "cut off"),
+        (lambda data: data + b"x", "no idx file"),
+        (lambda data: data[:7], "cut off"),
+        (lambda data: b"", "cut off"),
         (lambda data: b"JFIF" + data, "no idx file"),
+        (lambda data: b"\0\0\x09" + data[3:], "no idx file of unsigned bytes but of torch.int8"),
     ],
 )
 def test_damaged_file__is_named(source: Path, tmp_path: Path, damage, words: str) -> None:
@@ -57,6 +61,16 @@ def test_damaged_file__is_named(source: Path, tmp_path: Path, damage, words: str
     with pytest.raises(SystemExit, match=f"t10k-images-idx3-ubyte.*{words}"):
         main([str(source), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-9], lambda data: b"x" + data, lambda _: b""]
+)
+def test_damaged_gzip__is_named(source: Path, damage) -> None:
+    path = source / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte\.gz' is no"):
+        read_idx(path)
 
 
 def test_missing_and_unfitting_files__are_named(source: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import collections
 import functools
+import gzip
 import os
 import pickle
 import subprocess
@@ -43,6 +44,20 @@ def test_plain_data__round_trip(tmp_path, protocol):
         assert array.dtype == expected.dtype
         assert array.shape == expected.shape
         assert (array == expected).all()
+
+
+def test_packed_file__unpacked_and_as_careful(tmp_path):
+    path = tmp_path / "labels.gz"
+    path.write_bytes(gzip.compress(pickle.dumps(np.arange(6, dtype=np.uint8).reshape(2, 3))))
+    np.testing.assert_array_equal(load_plain_pickle(path), [[0, 1, 2], [3, 4, 5]])
+    target = tmp_path / "pwned"
+    path.write_bytes(gzip.compress(pickle.dumps(Calls(os.system, f"touch {target}"))))
+    with pytest.raises(ValueError, match=r"labels\.gz was refused: it asks for posix\.system"):
+        load_plain_pickle(path)
+    assert not target.exists()
+    path.write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"labels\.gz was refused: Not a gzipped file"):
+        load_plain_pickle(path)
 
 
 def test_numpy_1_and_python_2_names(tmp_path):
