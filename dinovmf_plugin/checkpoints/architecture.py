@@ -13,17 +13,15 @@ from timm.layers import SwiGLUPacked
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from dinovmf_plugin.core import vit as backbones
+from dinovmf_plugin.checkpoints.vit_arguments import check_vit_kwargs, select, told_arguments
+from dinovmf_plugin.core.vit import patch_grid, position_embedding
 
 __all__ = [
     "ViTShape",
-    "arguments_of",
     "build_vit",
-    "check_vit_kwargs",
     "infer_shape",
     "known_heads",
     "resize_position_embedding",
-    "told_arguments",
 ]
 
 # width -> (name, heads) of the field's standard sizes; solo-learn calls them vit_tiny .. vit_large
@@ -33,26 +31,6 @@ _STANDARD = {
     768: ("vit_base", 12, 12),
     1024: ("vit_large", 16, 24),
     1280: ("vit_huge", 16, 32),
-}
-# arguments of timm's ViT: read off the tensors or off the config, or without effect on a trained network
-_READ = {"img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"}
-_READ |= {"qkv_bias", "init_values", "pre_norm", "qk_norm", "no_embed_class", "reg_tokens"}
-_WITHOUT_EFFECT = {"drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"}
-_WITHOUT_EFFECT |= {"drop_path_rate", "dynamic_img_size", "num_classes", "weight_init", "fix_init"}
-# those with one value that the CLS token after the final norm, the feature of every method here, allows
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "class_token": (True,),
-    "global_pool": ("token",),
-    "final_norm": (True,),
-    "fc_norm": (None, False),
-    "patch_drop_rate": (0,),
-    "dynamic_img_pad": (False,),
-    "pos_embed": ("learn",),
-    "proj_bias": (True,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-    "embed_norm_layer": (None,),
-    "pool_include_prefix": (False,),
 }
 _WIDTHS = {name: width for width, (name, _, _) in _STANDARD.items()}
 
@@ -73,7 +51,7 @@ class ViTShape:
         layer_scale: whether blocks scale their branches (LayerScale).
         heads_from: where ``num_heads`` was found.
         pre_norm: whether a LayerNorm stands before the blocks (and the patches' projection has no bias).
-        qk_norm: whether queries and keys are normalised.
+        qk_norm: whether queries and keys are normalized.
         reg_tokens: register tokens beside CLS.
         no_embed_class: whether only patches have position embeddings.
         swiglu: whether the MLP is gated (DINOv2's giant): ``mlp_ratio`` counts both halves.
@@ -148,66 +126,9 @@ class ViTShape:
         )
 
 
-def _select(config: Mapping[str, Any], *path: str) -> Any:
-    value: Any = config
-    for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def told_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the ViT that a file's config tells: a run's ``backbone.kwargs``, timm's ``model_args``."""
-    found: dict[str, Any] = {}
-    for path in (("backbone", "kwargs"), ("model_args",)):
-        part = _select(config, *path)
-        found |= dict(part) if isinstance(part, Mapping) else {}
-    return found
-
-
-def arguments_of(vit: Any) -> dict[str, Any]:
-    """Arguments of a ViT that its tensors' shapes do not tell, read off the network itself."""
-    size = vit.patch_embed.img_size
-    return {
-        "img_size": None if size is None else list(size),
-        "pre_norm": not isinstance(vit.norm_pre, nn.Identity),
-        "qk_norm": not isinstance(vit.blocks[0].attn.q_norm, nn.Identity),
-        "no_embed_class": bool(vit.no_embed_class),
-    }
-
-
-def check_vit_kwargs(kwargs: Mapping[str, Any], key: str = "backbone.kwargs") -> None:
-    """Refuse arguments of timm's ViT with which the CLS feature would be another than is computed here.
-
-    Args:
-        kwargs: arguments of ``timm.models.VisionTransformer``.
-        key: where they stand, for the message.
-
-    Raises:
-        ValueError: naming the first such argument and what would be right.
-
-    Example:
-        >>> check_vit_kwargs({"patch_size": 8, "global_pool": "avg"})
-        Traceback (most recent call last):
-        ValueError: backbone.kwargs.global_pool='avg' is not supported: ... which needs 'token'
-    """
-    for name, value in kwargs.items():
-        if name in _READ | _WITHOUT_EFFECT:
-            continue
-        if name not in _FIXED:
-            raise ValueError(
-                f"{key}.{name}={value!r} is not supported: no stored weight tells of it, so that a "
-                "loaded network could have other features than the trained one; leave it out"
-            )
-        if value not in _FIXED[name]:
-            raise ValueError(
-                f"{key}.{name}={value!r} is not supported: the feature here is the CLS token after the "
-                f"final norm, which needs {_FIXED[name][0]!r}"
-            )
-
-
 def known_heads(embed_dim: int, config: Mapping[str, Any]) -> tuple[int, str] | None:
     """Attention heads that the file's config or the field's standard sizes tell, and which."""
-    stored = _select(config, "backbone", "kwargs", "num_heads") or _select(
+    stored = select(config, "backbone", "kwargs", "num_heads") or select(
         config, "model_args", "num_heads"
     )
     if isinstance(stored, int):
@@ -255,7 +176,7 @@ def _grid(
     img_size: tuple[int, int] | None,
 ) -> tuple[int, int]:
     """What the file's config says, then the wished size, then a square: 16 patches may be 8 x 2."""
-    input_size = _select(config, "pretrained_cfg", "input_size")
+    input_size = select(config, "pretrained_cfg", "input_size")
     told = (
         told_arguments(config).get("img_size"),
         input_size[1:] if input_size else None,
@@ -400,7 +321,7 @@ def build_vit(shape: ViTShape, weight_init: str = "skip", **further: Any) -> Vis
 def resize_position_embedding(vit: nn.Module, img_size: tuple[int, int]) -> Tensor:
     """Position embeddings ``(1, T, D)`` of ``vit`` for images of another size (height, width).
 
-    The same bicubic resampling that ``backbones.forward_tokens`` applies on the fly.
+    The same bicubic resampling that ``core.vit.forward_tokens`` applies on the fly.
     """
-    prefix, patches = backbones._position_embedding(vit, *backbones.patch_grid(vit, *img_size))
+    prefix, patches = position_embedding(vit, *patch_grid(vit, *img_size))
     return patches if prefix is None else torch.cat([prefix, patches], dim=1)

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from dinovmf_plugin.checkpoints.architecture import (
     ViTShape,
-    arguments_of,
     build_vit,
     infer_shape,
     known_heads,
     resize_position_embedding,
-    told_arguments,
 )
 from dinovmf_plugin.checkpoints.heads import with_head
 from dinovmf_plugin.checkpoints.layouts import StoredWeights, Which, read_weights
 from dinovmf_plugin.checkpoints.named import NamedShape, named_shape
 from dinovmf_plugin.checkpoints.report import LoadReport
+from dinovmf_plugin.checkpoints.vit_arguments import arguments_of, told_arguments
 from dinovmf_plugin.core import vit as backbones
 
 __all__ = ["backbone_from", "initialize_from", "load_backbone", "load_into", "network_from"]

@@ -23,6 +23,7 @@ __all__ = [
     "is_vit",
     "last_attention",
     "patch_grid",
+    "position_embedding",
     "position_grid",
     "resample_positions_as",
 ]
@@ -114,7 +115,7 @@ def _position_prefix(vit: Any) -> int:
     return 0 if getattr(vit, "no_embed_class", False) else int(vit.num_prefix_tokens)
 
 
-def _position_embedding(vit: Any, rows: int, cols: int) -> tuple[Tensor | None, Tensor]:
+def position_embedding(vit: Any, rows: int, cols: int) -> tuple[Tensor | None, Tensor]:
     """(prefix, patch) position embeddings for a grid: ``(1, P, D)`` or None, ``(1, rows*cols, D)``.
 
     By the network's rule (``resample_positions_as``): whether it antialiases is visible when a 14 x 14
@@ -163,7 +164,7 @@ def embed(
                 f"{rows} x {cols} patches need ({len(images)}, {rows * cols})"
             )
         x = torch.where(masks.unsqueeze(-1), mask_token.to(x.dtype).reshape(1, 1, -1), x)
-    prefix_pos, patch_pos = _position_embedding(vit, rows, cols)
+    prefix_pos, patch_pos = position_embedding(vit, rows, cols)
     x = x + patch_pos
     if keep is not None:
         x = x.index_select(1, keep)

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.checkpoints.architecture import check_vit_kwargs
 from dinovmf_plugin.checkpoints.named import check_named_kwargs
+from dinovmf_plugin.checkpoints.vit_arguments import check_vit_kwargs
 from dinovmf_plugin.core.centering import CenteringName
 from dinovmf_plugin.core.prototypes import Normalization
 from dinovmf_plugin.runs.bounds import Count, Fraction, Path, Positive, Share, Weight, Whole
