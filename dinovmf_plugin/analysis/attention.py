@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
-__all__ = ["attention_sheet", "cls_attention", "overlay", "save_attention"]
+from dinovmf_plugin.core.vit import last_attention, patch_grid
+from dinovmf_plugin.data.decoding import open_image
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.features.images import ImageSet
+from dinovmf_plugin.features.network import Network
+from dinovmf_plugin.report.page import Sheet, Thumbnail
+
+__all__ = [
+    "attention_sheet",
+    "attention_thumbnails",
+    "cls_attention",
+    "overlay",
+    "save_attention",
+    "save_model_attention",
+]
 
 
 def cls_attention(attention: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -115,3 +133,51 @@ def save_attention(
     for image, heads, path in zip(images, maps, paths, strict=True):
         attention_sheet(image, heads).save(path)
     return paths
+
+
+@torch.no_grad()
+def save_model_attention(
+    model: Network, crop: CenterCrop, images: ImageSet, count: int, folder: Path
+) -> list[Path]:
+    """Write the sheets of ``count`` images, evenly spaced, into ``folder``.
+
+    Args:
+        model: a Vision Transformer.
+        crop: what it sees of an image; its statistics are the model's.
+        images: in a folder.
+        count: at most as many as there are images.
+        folder: made if missing.
+
+    Returns:
+        The paths.
+    """
+    transform = model.normalized(crop)
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.mean, transform.std))
+    paths: list[Path] = []
+    for index in tqdm(chosen, desc="attention maps", unit="img"):
+        path = Path(images.path(int(index)))
+        pixels = transform(open_image(path))
+        maps = cls_attention(
+            last_attention(model.vit, pixels[None].to(model.prototypes.weight_v.device)),
+            patch_grid(model.vit, *pixels.shape[-2:]),
+        )
+        shown = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        # the index keeps equal file names of different classes apart
+        stem = os.fsdecode(os.fsencode(path.stem)[:200])  # with index and suffix within 255 bytes
+        paths += save_attention([shown], maps.cpu(), [f"{index:06d}_{stem}"], folder)
+    return paths
+
+
+def attention_thumbnails(paths: Sequence[Path], heads: int) -> Sheet:
+    """The written sheets of a model with so many heads, small enough for a page."""
+    width = 96 * (heads + 2)
+    pictures = []
+    for path in paths:
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            # twice the CSS size is enough for dense screens
+            image.thumbnail((2 * width, 2 * width))
+            image.convert("RGB").save(buffer, format="JPEG", quality=85)
+        pictures.append(Thumbnail(buffer.getvalue(), width, title=path.stem))
+    return Sheet("Self-attention", f"{heads} heads; PNG files in attention/", pictures)

@@ -2,226 +2,36 @@
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
-from tqdm.auto import tqdm
-
-from dinovmf_plugin.analysis import figures
-from dinovmf_plugin.analysis.attention import cls_attention, save_attention
+from dinovmf_plugin.analysis.attention import attention_thumbnails, save_model_attention
+from dinovmf_plugin.analysis.charts import analysis_charts
 from dinovmf_plugin.analysis.gallery import (
     component_sheets,
     component_table,
     image_table,
     ranked_sheet,
 )
-from dinovmf_plugin.analysis.measurements import (
-    make_mixture,
-    measure_precision,
-    measure_prototypes,
-    score_images,
-)
+from dinovmf_plugin.analysis.measurements import make_mixture, score_images
+from dinovmf_plugin.analysis.measuring import center_crop, measure_model
 from dinovmf_plugin.analysis.page import analysis_page, gallery_page
 from dinovmf_plugin.analysis.settings import AnalysisSettings
-from dinovmf_plugin.analysis.tables import save_table
-from dinovmf_plugin.core.vit import is_vit, last_attention, patch_grid
-from dinovmf_plugin.data.decoding import open_image
-from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.features.embedding import Embeddings, embed
-from dinovmf_plugin.features.images import ImageSet, image_folder
-from dinovmf_plugin.features.network import Network, load_source
-from dinovmf_plugin.mixture.model import log_uniform_density
-from dinovmf_plugin.mixture.precision import PercentileBin
+from dinovmf_plugin.analysis.tables import check_utf8, save_table
+from dinovmf_plugin.core.vit import is_vit
+from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.network import load_source
 from dinovmf_plugin.mixture.utilization import duplicate_groups
-from dinovmf_plugin.report.learning import learning_chart
-from dinovmf_plugin.report.page import Sheet, Thumbnail
-from dinovmf_plugin.report.theme import themed
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder
-from dinovmf_plugin.training.alarms import LEAST_SHARE
-from dinovmf_plugin.training.curve import read_monitor
 
 __all__ = ["AnalysisSettings", "analyze", "format_analysis"]
 
 
-def _transform(settings: AnalysisSettings, model: Network) -> CenterCrop:
-    size = settings.data.crop_size or model.image_size
-    resize = settings.data.resize or round(size * 256 / 224)
-    return CenterCrop(resize=resize, size=size, interpolation=settings.data.interpolation)
-
-
-def _measure(
-    settings: AnalysisSettings, model: Network, sets: list[ImageSet]
-) -> tuple[dict[str, Any], list[Embeddings], Tensor]:
-    """Results of one model, the embeddings of the sets, and the images each prototype wins."""
-    transform = _transform(settings, model)
-    found = [
-        embed(
-            model,
-            images,
-            transform,
-            batch_size=settings.data.batch_size,
-            num_workers=settings.data.num_workers,
-        )
-        for images in sets
-    ]
-    measured, hits = measure_prototypes(
-        model,
-        found[0].y,
-        settings.utilization.thresholds,
-        components=settings.utilization.components,
-        progress=True,
-    )
-    # JSON has string keys; the page reads the same dictionary
-    sweeps = {
-        reading: {str(threshold): count for threshold, count in sweep.items()}
-        for reading, sweep in measured["utilization"].items()
-    }
-    own = model.mixture_head[1]
-    precision = settings.precision
-    result = {
-        "checkpoint": model.record["checkpoint"],
-        "method": own.method,
-        "normalization": own.normalization,
-        "centering": own.centering,
-        "temperature": own.teacher_temperature,
-        "assumed": list(own.assumed),
-        "num_prototypes": model.prototypes.num_prototypes,
-        "bottleneck_dim": model.prototypes.dim,
-        "crop_size": transform.size,
-        **model.statistics._asdict(),
-        **measured,
-        "utilization": sweeps,
-        "precision": measure_precision(
-            model,
-            (sets[0], found[0]),
-            (sets[1], found[1]) if len(sets) > 1 else None,
-            bins=precision.bins,
-            k=precision.k,
-            temperature=precision.temperature,
-            progress=True,
-        ),
-        "load_report": model.record["load_report"],
-    }
-    return result, found, hits
-
-
-def _charts(
-    result: Mapping[str, Any], model: Network, hits: Tensor, likelihoods: Mapping[str, Tensor]
-) -> dict[str, dict[str, bytes]]:
-    models = {result["name"]: result, **result["comparison"]}
-    sweeps = {
-        name: {float(t): count for t, count in found["utilization"]["greedy"].items()}
-        for name, found in models.items()
-    }
-    bins = {
-        name: [PercentileBin(**part) for part in found["precision"]["bins"]]
-        for name, found in models.items()
-        if "bins" in found["precision"]
-    }
-    kappa = model.prototypes.concentration(model.mixture_head[1].teacher_temperature)
-    draw: dict[str, Callable[[], Figure]] = {
-        "utilization": partial(figures.utilization_figure, sweeps),
-        "concentration": partial(
-            figures.concentration_figure, kappa.detach().cpu().numpy(), hits.numpy()
-        ),
-        "likelihood": partial(
-            figures.likelihood_figure,
-            {name: value.numpy() for name, value in likelihoods.items()},
-            log_uniform_density(model.prototypes.dim),
-        ),
-        "circle": figures.circle_figure,
-        "normalizer": partial(figures.normalizer_figure, order=model.prototypes.order),
-        "normalizer_error": partial(figures.normalizer_error_figure, order=model.prototypes.order),
-    }
-    if bins:
-        draw["precision"] = partial(figures.precision_figure, bins)
-    drawn = {name: themed(function) for name, function in draw.items()}
-    learning = learning_chart(_records(models), LEAST_SHARE)
-    return drawn if learning is None else {**drawn, "learning": learning}
-
-
-def _records(models: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What the monitors wrote beside the checkpoints (or beside ``previous/``)."""
-    found = {}
-    for name, result in models.items():
-        folder = Path(result["checkpoint"]).parent
-        folder = folder.parent if folder.name == "previous" else folder
-        found[name] = read_monitor(folder)["step"]
-    return found
-
-
-@torch.no_grad()
-def _attention(
-    settings: AnalysisSettings,
-    model: Network,
-    images: ImageSet,
-    folder: Path,
-) -> list[Path]:
-    """Sheets of evenly spaced images, or of all images of ``attention.path``."""
-    transform = model.normalized(_transform(settings, model))
-    count = len(images) if settings.attention.path else min(settings.attention.images, len(images))
-    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (transform.mean, transform.std))
-    paths: list[Path] = []
-    for index in tqdm(chosen, desc="attention maps", unit="img"):
-        path = Path(images.path(int(index)))
-        pixels = transform(open_image(path))
-        maps = cls_attention(
-            last_attention(model.vit, pixels[None].to(model.prototypes.weight_v.device)),
-            patch_grid(model.vit, *pixels.shape[-2:]),
-        )
-        shown = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        # the index keeps equal file names of different classes apart
-        stem = os.fsdecode(os.fsencode(path.stem)[:200])  # with index and suffix within 255 bytes
-        paths += save_attention([shown], maps.cpu(), [f"{index:06d}_{stem}"], folder)
-    return paths
-
-
-def check_utf8(images: ImageSet) -> None:
-    """Refuse names that Parquet cannot hold, before any computing.
-
-    Raises:
-        ValueError: naming the first file whose name is no UTF-8.
-    """
-    for index in range(len(images)):
-        path = images.path(index)
-        try:
-            os.fsencode(path).decode("utf-8")
-        except UnicodeDecodeError as error:
-            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-            raise ValueError(
-                f"table=parquet cannot hold the file name {shown}, which is no UTF-8: use table=csv, which "
-                "keeps its bytes, or rename the file"
-            ) from error
-
-
-def _attention_sheet(paths: list[Path], heads: int) -> list[Sheet]:
-    width = 96 * (heads + 2)
-    pictures = []
-    for path in paths:
-        buffer = io.BytesIO()
-        with Image.open(path) as image:
-            # twice the CSS size is enough for dense screens
-            image.thumbnail((2 * width, 2 * width))
-            image.convert("RGB").save(buffer, format="JPEG", quality=85)
-        pictures.append(Thumbnail(buffer.getvalue(), width, title=path.stem))
-    return [Sheet("Self-attention", f"{heads} heads; PNG files in attention/", pictures)]
-
-
 def analyze(settings: AnalysisSettings) -> dict[str, Any]:
-    """Analyse a checkpoint on images and write the results into ``settings.output_dir``.
+    """Analyze a checkpoint on images and write the results into ``settings.output_dir``.
 
     Writes analysis.json, analysis.html, gallery.html, images.* and components.* (CSV or Parquet),
     figures/*.svg and attention/*.png.
@@ -256,7 +66,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         )
     if settings.table == "parquet":
         for images in sets:
-            check_utf8(images)
+            check_utf8(images.path(index) for index in range(len(images)))
     shown = sets[-1]
     if settings.attention.path:
         shown = image_folder(settings.attention.path, "attention.path", labeled="auto")
@@ -276,13 +86,13 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
     mixture = make_mixture(model, settings.weights)
     loaded = {"checkpoint": model, **others}
     digests = {key: network.record["sha256"] for key, network in loaded.items()}
-    # Only now: what cannot be analysed must not bind the folder to itself.
+    # Only now: what cannot be analyzed must not bind the folder to itself.
     bound = {**settings.identity(), "sha256": digests}
     folder = open_run_folder(
         settings.output_dir, bound, ("analysis.json", "analysis.html", "gallery.html")
     )
 
-    measured, found, hits = _measure(settings, model, sets)
+    measured, found, hits = measure_model(settings, model, sets)
     scored, summary = score_images(
         mixture, [(images, part.y) for images, part in zip(sets, found, strict=True)]
     )
@@ -292,7 +102,9 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         "images": {images.name: len(images) for images in sets},
         **measured,
         "mixture": {"weights": settings.weights, **summary},
-        "comparison": {key: _measure(settings, other, sets)[0] for key, other in others.items()},
+        "comparison": {
+            key: measure_model(settings, other, sets)[0] for key, other in others.items()
+        },
         "settings": {**bound, "device": str(device)},
         "versions": versions(),
     }
@@ -313,17 +125,19 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         )
         for title, least in (("Least likely images", True), ("Most likely images", False))
     ]
-    charts = _charts(
+    charts = analysis_charts(
         result, model, hits, {part.images.name: part.scores.log_likelihood for part in scored}
     )
     for key, themes in charts.items():
         write_file(folder / "figures" / f"{key}.svg", themes["light"])
     seen = is_vit(model.model)
-    maps = _attention(settings, model, shown, folder / "attention") if seen else []
+    count = len(shown) if settings.attention.path else min(settings.attention.images, len(shown))
+    crop = center_crop(settings, model)
+    maps = save_model_attention(model, crop, shown, count, folder / "attention") if seen else []
     result["attention"] = [str(path.relative_to(folder)) for path in maps]
     heads = int(model.vit.blocks[-1].attn.num_heads) if seen else 0
     page = analysis_page(
-        result, charts, sheets, ranked, _attention_sheet(maps, heads) if maps else []
+        result, charts, sheets, ranked, [attention_thumbnails(maps, heads)] if maps else []
     )
     for file, text in (
         ("analysis.html", page.html()),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinovmf_plugin.runs.files import write_file
 
-__all__ = ["TABLE_FORMATS", "check_table_format", "save_table"]
+__all__ = ["TABLE_FORMATS", "check_table_format", "check_utf8", "save_table"]
 
 TABLE_FORMATS = ("csv", "parquet")
 
@@ -29,6 +30,23 @@ def check_table_format(name: str) -> None:
         raise ImportError(
             "table=parquet needs pyarrow: pip install 'dinovmf-plugin[analysis]', or use table=csv"
         )
+
+
+def check_utf8(paths: Iterable[str | Path]) -> None:
+    """Refuse names that Parquet cannot hold, before any computing.
+
+    Raises:
+        ValueError: naming the first file whose name is no UTF-8.
+    """
+    for path in paths:
+        try:
+            os.fsencode(path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+            raise ValueError(
+                f"table=parquet cannot hold the file name {shown}, which is no UTF-8: use table=csv, which "
+                "keeps its bytes, or rename the file"
+            ) from error
 
 
 def save_table(columns: Mapping[str, Sequence[Any]], folder: Path, name: str, kind: str) -> Path:

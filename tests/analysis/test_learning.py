@@ -7,7 +7,7 @@ import json
 import matplotlib as mpl
 import pytest
 
-from dinovmf_plugin.analysis import run
+from dinovmf_plugin.analysis.charts import monitored
 from dinovmf_plugin.report.learning import learning_chart, learning_figure
 from dinovmf_plugin.report.theme import THEMES
 
@@ -36,7 +36,7 @@ def test_analysis__reads_the_monitor_beside_the_checkpoint(tmp_path, previous):
     (tmp_path / "monitor.jsonl").write_text(text + "\n")
     folder = tmp_path / "previous" if previous else tmp_path
     models = {"dino": {"checkpoint": str(folder / "x.ckpt")}, "other": {"checkpoint": "/no/y.pth"}}
-    found = run._records(models)
+    found = monitored(models)
     assert [r["step"] for r in found["dino"]] == [20, 40, 60, 80]
     assert found["other"] == []
     assert sorted(learning_chart(found)) == ["dark", "light"]
