@@ -19,7 +19,7 @@ from dinovmf_plugin.analysis.measurements import make_mixture, measure_prototype
 from dinovmf_plugin.comparison.devices import lease_gpu
 from dinovmf_plugin.comparison.launch import train
 from dinovmf_plugin.comparison.outcome import outcome_of
-from dinovmf_plugin.comparison.settings import RunSettings
+from dinovmf_plugin.comparison.shared import RunSettings
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.evaluation.runner import check_evaluation, evaluate
 from dinovmf_plugin.features.checks import NonFiniteFeaturesError

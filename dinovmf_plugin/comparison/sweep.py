@@ -8,7 +8,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from dinovmf_plugin.comparison.settings import ComparisonSettings, RunSettings, comparison_from
+from dinovmf_plugin.comparison.settings import comparison_from, run_from
+from dinovmf_plugin.comparison.shared import ComparisonSettings, RunSettings
 from dinovmf_plugin.recipes import sweep_values
 from dinovmf_plugin.runs.cli import one_clear_message
 from dinovmf_plugin.runs.folder import open_run_folder
@@ -65,7 +66,7 @@ def run_job(cfg: DictConfig, kind: str) -> None:
     """One job of the sweep."""
     from dinovmf_plugin.comparison.run import run_one
 
-    run_one(RunSettings.from_config(cfg, kind))
+    run_one(run_from(cfg, kind))
 
 
 class ComparisonCallback(Callback):

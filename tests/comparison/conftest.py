@@ -51,7 +51,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_comparison(pictures: Path) -> Any:
     """Factory of ``ComparisonSettings`` for a folder."""
-    from dinovmf_plugin.comparison.settings import ComparisonSettings, comparison_from
+    from dinovmf_plugin.comparison.settings import comparison_from
+    from dinovmf_plugin.comparison.shared import ComparisonSettings
 
     def make(output_dir: Path, kind: str = "compare", **changes: Any) -> ComparisonSettings:
         values: dict[str, Any] = {

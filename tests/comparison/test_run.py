@@ -14,7 +14,7 @@ from scipy.special import ive, logsumexp
 
 from dinovmf_plugin.comparison import run as run_module
 from dinovmf_plugin.comparison.run import run_one
-from dinovmf_plugin.comparison.settings import RunSettings
+from dinovmf_plugin.comparison.shared import RunSettings
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.embedding import embed
 from dinovmf_plugin.features.images import image_folder

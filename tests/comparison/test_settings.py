@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.comparison.collect import collect
 from dinovmf_plugin.comparison.devices import lease_gpu
-from dinovmf_plugin.comparison.settings import RunSettings
+from dinovmf_plugin.comparison.settings import run_from
+from dinovmf_plugin.comparison.shared import RunSettings
 from dinovmf_plugin.comparison.sweep import ComparisonCallback, planned_runs, register_resolver
 from dinovmf_plugin.recipes import Candidate, compose_recipe
 
@@ -80,7 +81,7 @@ def test_jobs_are_the_planned_runs(plain: Any) -> None:
         "ablation", seed=7, seeds=[7],
         **{"method_kwargs.normalization": "none", "method_kwargs.centering": "probability"},
     )  # fmt: skip
-    assert RunSettings.from_config(job, "ablation").recipe() == planned.recipe()
+    assert run_from(job, "ablation").recipe() == planned.recipe()
 
 
 def test_candidates_change_what_they_name(tmp_path: Path) -> None:
