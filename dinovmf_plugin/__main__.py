@@ -5,7 +5,7 @@
 ``import``, ``export``     weights in and out (``checkpoints``, ``publishing``)
 ``recipes [WORD]``         the recipes there are; ``--markdown``: docs/recipes.md
 ``keys``                   every key of every verb, as Markdown
-``doctor``                 what this machine has and lacks
+``doctor [--json]``        what this machine has and lacks
 ``path/to/main_knn.py``    a script of solo-learn, with the plugin's methods registered
 =========================  =============================================================
 """
@@ -31,14 +31,6 @@ def _recipes(words: list[str]) -> int:
     width = max(map(len, found))
     print("\n".join(f"{name:<{width}}  {told}" for name, told in found.items()))
     return 0
-
-
-def _doctor() -> int:
-    from dinovmf_plugin.doctor import examine, report
-
-    findings = examine()
-    print(report(findings))
-    return 1 if any(finding.fine is False for finding in findings) else 0
 
 
 def _prepare_for_host_script() -> None:
@@ -97,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     if verb == "recipes":
         return _recipes(rest)
     if verb == "doctor":
-        return _doctor()
+        from dinovmf_plugin.doctor import doctor_main
+
+        return doctor_main(rest)
     if verb == "keys":
         print(key_reference(), end="")
         return 0

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dinovmf_plugin import registry
 from dinovmf_plugin.__main__ import main
-from dinovmf_plugin.doctor import Finding, examine, report
 from dinovmf_plugin.recipes import list_recipes
 
 
@@ -35,27 +33,6 @@ def test_recipes__are_listed_by_word(capsys):
     assert names == [name for name in every if "vmf" in name and "imagenet/" in name]
     with pytest.raises(SystemExit):
         main(["recipes", "resnet9000"])
-
-
-def test_doctor__tells_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
-    assert main(["doctor"]) == 0
-    told = capsys.readouterr().out
-    assert "registered: dino_multicrop, dino_vmf" in told
-    assert "GB free" in told
-
-    def broken() -> None:
-        raise ImportError("No module named 'solo'")
-
-    monkeypatch.setattr(registry, "register", broken)
-    found = {finding.name: finding for finding in examine()}
-    assert found["solo-learn"].fine is False
-    assert "pip install --no-deps solo-learn==1.0.2" in report(list(found.values()))
-    assert main(["doctor"]) == 1
-
-
-def test_report__optional_parts_are_no_failure():
-    lines = report([Finding("wandb", None, "missing, needed for x", "pip install wandb")])
-    assert lines == "-        wandb  missing, needed for x: pip install wandb"
 
 
 def test_help_of_a_verb__lists_its_keys(capsys):

@@ -92,7 +92,9 @@ def build_loggers(
         try:
             loggers.append(_BUILDERS[name](cfg, folder, (run_ids or {}).get(name), given))
         except ImportError as error:
-            raise ImportError(f"{name}.enabled=True needs a package: pip install {name}") from error
+            raise ImportError(
+                f"{name}.enabled=True needs a package: pip install 'dinovmf-plugin[{name}]'"
+            ) from error
     return loggers
 
 

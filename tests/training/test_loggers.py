@@ -101,7 +101,8 @@ def test_missing_package__named(tiny_cfg, tmp_path, monkeypatch):
         name: {"enabled": name == "wandb"} for name in ("csv", "wandb", "tensorboard", "mlflow")
     }
     with pytest.raises(
-        ImportError, match=r"wandb\.enabled=True needs a package: pip install wandb"
+        ImportError,
+        match=r"wandb\.enabled=True needs a package: pip install 'dinovmf-plugin\[wandb\]'",
     ):
         build_loggers(tiny_cfg(**nodes), tmp_path)
 

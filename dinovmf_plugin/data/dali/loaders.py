@@ -32,7 +32,7 @@ try:
     )
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(
-        "DALI is not installed: `pip install nvidia-dali-cuda130` (or the dali extra of dinovmf-plugin), "
+        "DALI is not installed: `pip install 'dinovmf-plugin[dali]'` (CUDA 12: [dali-cuda12]), "
         "or set data.format=image_folder"
     ) from error
 
