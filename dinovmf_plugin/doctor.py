@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -185,7 +186,8 @@ def _decodes(device: str) -> bool:
     pipeline = decoding_pipeline(lambda: encoded, device=device, device_id=index)
     pipeline.build()
     (found,) = pipeline.run()
-    pixels = np.asarray((found.as_cpu() if device == "gpu" else found).as_array())
+    pictures: Any = found.as_cpu() if device == "gpu" else found
+    pixels = np.asarray(pictures.as_array())
     return pixels.shape == (1, 16, 24, 3) and bool((abs(pixels.astype(int) - 128) < 4).all())
 
 
