@@ -26,7 +26,8 @@ A recipe is named on the command line, and every key of it may be changed there 
     dinovmf pretrain --config-name custom/dino_vmf data.train_path=photos/ max_epochs=50
 
 `dinovmf recipes WORD` lists those with a word in their name. Batch: images per process, times processes.
-The learning rate stands before it is multiplied by the batch / 256. K: prototypes. The recipes with `kp` add
+The learning rate stands before it is multiplied by the batch / 256 (DINOv2's: by the root of the
+batch / 1024). K: prototypes. The recipes with `kp` add
 KoLeo-proto ([the follow-up](reproduce.md#the-follow-up-partial-prototype-collapse)).
 """
 _COLUMNS = (

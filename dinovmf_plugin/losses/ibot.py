@@ -156,10 +156,10 @@ def update_patch_center(
 def update_masked_center(
     centering: Centering, prototypes: Prototypes, embeddings: Tensor, temperature: float
 ) -> None:
-    """Move the patches' centre by the masked patches alone (DINOv2); without any on any rank it stays.
+    """Move the patches' center by the masked patches alone (DINOv2); without any on any rank it stays.
 
     Args:
-        centering: the patches' own centring.
+        centering: the patches' own centering.
         prototypes: the teacher's.
         embeddings: unit vectors of this rank's masked patches ``(M, p)``; M may be 0.
         temperature: the teacher's temperature for patches.
