@@ -9,6 +9,7 @@ from dinovmf_plugin.analysis.settings import AnalysisSettings
 from dinovmf_plugin.benchmarks.settings import TOPIC_SETTINGS
 from dinovmf_plugin.comparison.settings import AblationSettings, CompareSettings
 from dinovmf_plugin.demo.settings import DemoSettings
+from dinovmf_plugin.embeddings.settings import EmbedSettings
 from dinovmf_plugin.evaluation.finetuning.settings import FinetuneRun
 from dinovmf_plugin.evaluation.protocols import AllSettings
 from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
@@ -33,6 +34,7 @@ _SETTINGS: dict[str, type[Settings]] = {
     "retrieval": RetrievalSettings,
     "video_segmentation": VideoSettings,
     "analyze": AnalysisSettings,
+    "embed": EmbedSettings,
     "ablation": AblationSettings,
     "compare": CompareSettings,
     "demo": DemoSettings,

@@ -13,10 +13,11 @@ FLOORS = (
     ("training", "checkpoints"),
     ("methods",),
     ("features",),
-    ("registry", "analysis", "evaluation"),
-    ("pretraining", "publishing", "recipes", "doctor", "__init__"),
-    ("comparison", "demo", "benchmarks", "hydra_plugins"),
-    ("scripts", "commands"),
+    ("registry", "analysis", "embeddings", "evaluation"),
+    ("pretraining", "publishing", "recipes", "doctor"),
+    ("comparison", "demo", "benchmarks", "api"),
+    ("__init__",),
+    ("scripts", "commands", "hydra_plugins"),
     ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

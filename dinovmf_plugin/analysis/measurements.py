@@ -19,9 +19,7 @@ from dinovmf_plugin.features.network import Network
 from dinovmf_plugin.mixture.model import (
     ImageScores,
     VMFMixture,
-    center_log_weights,
     log_uniform_density,
-    prototype_mixture,
     typicality,
 )
 from dinovmf_plugin.mixture.precision import accuracy_by_percentile, precision_trend
@@ -29,17 +27,13 @@ from dinovmf_plugin.mixture.statistics import prototype_statistics, usage_statis
 from dinovmf_plugin.mixture.utilization import duplicate_groups, utilization, void_set
 
 __all__ = [
-    "WEIGHTS",
     "Scored",
     "component_labels",
     "knn_correct",
-    "make_mixture",
     "measure_precision",
     "measure_prototypes",
     "score_images",
 ]
-
-WEIGHTS = ("model", "uniform", "center")
 
 
 def measure_prototypes(
@@ -88,35 +82,6 @@ def measure_prototypes(
         },
     }
     return result, hits
-
-
-def make_mixture(model: Network, weights: str) -> VMFMixture:
-    """The mixture with weights ``model``, ``uniform`` or ``center`` (see ``analysis.mixture``).
-
-    Raises:
-        ValueError: for other names, or ``center`` without a stored centre.
-    """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is unknown: choose one of {', '.join(WEIGHTS)}")
-    prototypes, settings = model.prototypes, model.mixture_head[1]
-    log_weights = None
-    if weights == "uniform":
-        log_weights = torch.zeros(prototypes.num_prototypes)
-    elif weights == "center":
-        if model.center is None:
-            raise ValueError(
-                f"weights=center, but {model.record['checkpoint']} holds no centre: use weights=model"
-            )
-        log_weights = center_log_weights(
-            model.center,
-            centering=settings.centering,
-            normalization=settings.normalization,
-            temperature=settings.teacher_temperature,
-            raw_scores=settings.center_raw_scores,
-        )
-    if log_weights is not None:
-        log_weights = log_weights.to(prototypes.weight_v.device)
-    return prototype_mixture(prototypes, settings.teacher_temperature, log_weights)
 
 
 @dataclass(frozen=True)

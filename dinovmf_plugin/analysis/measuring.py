@@ -8,26 +8,18 @@ from torch import Tensor
 
 from dinovmf_plugin.analysis.measurements import measure_precision, measure_prototypes
 from dinovmf_plugin.analysis.settings import AnalysisSettings
-from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.embedding import Embeddings, embed
 from dinovmf_plugin.features.images import ImageSet
 from dinovmf_plugin.features.network import Network
 
-__all__ = ["center_crop", "measure_model"]
-
-
-def center_crop(settings: AnalysisSettings, model: Network) -> CenterCrop:
-    """The crop that the settings ask for, else one of the model's own size."""
-    size = settings.data.crop_size or model.image_size
-    resize = settings.data.resize or round(size * 256 / 224)
-    return CenterCrop(resize=resize, size=size, interpolation=settings.data.interpolation)
+__all__ = ["measure_model"]
 
 
 def measure_model(
     settings: AnalysisSettings, model: Network, sets: list[ImageSet]
 ) -> tuple[dict[str, Any], list[Embeddings], Tensor]:
     """Results of one model, the embeddings of the sets, and the images each prototype wins."""
-    transform = center_crop(settings, model)
+    transform = settings.data.transform(model.image_size)
     found = [
         embed(
             model,

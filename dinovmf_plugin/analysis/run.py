@@ -14,13 +14,14 @@ from dinovmf_plugin.analysis.gallery import (
     image_table,
     ranked_sheet,
 )
-from dinovmf_plugin.analysis.measurements import make_mixture, score_images
-from dinovmf_plugin.analysis.measuring import center_crop, measure_model
+from dinovmf_plugin.analysis.measurements import score_images
+from dinovmf_plugin.analysis.measuring import measure_model
 from dinovmf_plugin.analysis.page import analysis_page, gallery_page
 from dinovmf_plugin.analysis.settings import AnalysisSettings
 from dinovmf_plugin.analysis.tables import check_utf8, save_table
 from dinovmf_plugin.core.vit import is_vit
 from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.mixture import make_mixture
 from dinovmf_plugin.features.network import load_source
 from dinovmf_plugin.mixture.utilization import duplicate_groups
 from dinovmf_plugin.runs.environment import pick_device, versions
@@ -132,7 +133,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         write_file(folder / "figures" / f"{key}.svg", themes["light"])
     seen = is_vit(model.model)
     count = len(shown) if settings.attention.path else min(settings.attention.images, len(shown))
-    crop = center_crop(settings, model)
+    crop = settings.data.transform(model.image_size)
     maps = save_model_attention(model, crop, shown, count, folder / "attention") if seen else []
     result["attention"] = [str(path.relative_to(folder)) for path in maps]
     heads = int(model.vit.blocks[-1].attn.num_heads) if seen else 0

@@ -8,15 +8,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 
-from dinovmf_plugin.analysis.measurements import WEIGHTS
 from dinovmf_plugin.analysis.tables import TABLE_FORMATS, check_table_format
-from dinovmf_plugin.features.settings import (
-    Device,
-    Interpolation,
-    NetworkSource,
-    ReadingSettings,
-    Side,
-)
+from dinovmf_plugin.features.mixture import Weights
+from dinovmf_plugin.features.settings import CropSettings, Device, NetworkSource
 from dinovmf_plugin.runs.bounds import AtLeastOne, Count, Fraction, OneOf, Path, Positive, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings
 
@@ -24,7 +18,7 @@ __all__ = ["AnalysisSettings", "DataSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSettings(ReadingSettings):
+class DataSettings(CropSettings):
     """Images and how they are read."""
 
     train_path: Annotated[Path, Doc("one folder per class, or a plain folder of images")]
@@ -34,18 +28,6 @@ class DataSettings(ReadingSettings):
     fraction: Annotated[
         Fraction | Literal[-1], Doc("share of the images, the same of every class; -1: all")
     ] = -1
-    crop_size: Annotated[
-        Side | None, Doc("side of the center crop; null: what the backbone was made for")
-    ] = None
-    resize: Annotated[
-        Count | None, Doc("shorter side before the crop; null: crop_size * 256 / 224")
-    ] = None
-    interpolation: Interpolation = "bicubic"
-
-    def check(self) -> None:
-        """Refuse a crop that is larger than the resized image."""
-        if self.crop_size and self.resize and self.crop_size > self.resize:
-            raise ValueError(f"crop_size={self.crop_size} must be at most resize={self.resize}")
 
 
 @dataclass(frozen=True)
@@ -110,11 +92,7 @@ class AnalysisSettings(NetworkSource):
         Mapping[str, Path] | None,
         Doc("other checkpoints in the same tables: {DINO: dino.pth, iBOT: ibot.pth}"),
     ] = None
-    weights: Annotated[
-        str,
-        OneOf(WEIGHTS),
-        Doc("mixture proportions: of the model's own softmax, uniform, or of the stored center"),
-    ] = "model"
+    weights: Weights = "model"
     table: Annotated[
         str, OneOf(TABLE_FORMATS), Doc("of images.* and components.*; parquet needs pyarrow")
     ] = "csv"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinovmf_plugin.runs.files import write_file
+from dinovmf_plugin.runs.files import name_not_utf8, write_file
 
 __all__ = ["TABLE_FORMATS", "check_table_format", "check_utf8", "save_table"]
 
@@ -38,15 +37,12 @@ def check_utf8(paths: Iterable[str | Path]) -> None:
     Raises:
         ValueError: naming the first file whose name is no UTF-8.
     """
-    for path in paths:
-        try:
-            os.fsencode(path).decode("utf-8")
-        except UnicodeDecodeError as error:
-            shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-            raise ValueError(
-                f"table=parquet cannot hold the file name {shown}, which is no UTF-8: use table=csv, which "
-                "keeps its bytes, or rename the file"
-            ) from error
+    shown = name_not_utf8(paths)
+    if shown is not None:
+        raise ValueError(
+            f"table=parquet cannot hold the file name {shown}, which is no UTF-8: use table=csv, which "
+            "keeps its bytes, or rename the file"
+        )
 
 
 def save_table(columns: Mapping[str, Sequence[Any]], folder: Path, name: str, kind: str) -> Path:

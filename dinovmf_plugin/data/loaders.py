@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, Protocol
 
@@ -70,6 +71,16 @@ def leave_signals_to_the_parent(worker: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+@contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """Take a worker's traceback, which PyTorch puts into the message, off an unreadable image's sentence."""
+    try:
+        yield
+    except UnreadableImageError as error:
+        sentence = str(error).rsplit(f"{UnreadableImageError.__name__}: ", 1)[-1].strip()
+        raise UnreadableImageError(sentence) from error
 
 
 class FolderSource:
@@ -173,9 +184,5 @@ class PretrainLoader(ResumableLoader):
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Any]]:
         self._order.epoch, self._order.start = epoch, start
-        try:
+        with errors_in_one_sentence():
             yield from self._loader
-        except UnreadableImageError as error:
-            # PyTorch puts a worker's whole traceback into the message.
-            sentence = str(error).rsplit(f"{UnreadableImageError.__name__}: ", 1)[-1].strip()
-            raise UnreadableImageError(sentence) from error

@@ -8,7 +8,6 @@ from typing import Any
 
 from dinovmf_plugin.analysis.gallery import component_sheets
 from dinovmf_plugin.analysis.measurements import (
-    make_mixture,
     measure_precision,
     measure_prototypes,
     score_images,
@@ -16,6 +15,7 @@ from dinovmf_plugin.analysis.measurements import (
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.embedding import embed
 from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.mixture import make_mixture
 from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.mixture.precision import PercentileBin
 from dinovmf_plugin.mixture.utilization import duplicate_groups

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-import torch
-
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.images import FORMATS
 from dinovmf_plugin.features.settings import (
@@ -16,6 +14,7 @@ from dinovmf_plugin.features.settings import (
     Feature,
     Interpolation,
     NetworkSource,
+    Precision,
     ReadingSettings,
     Side,
 )
@@ -24,7 +23,6 @@ from dinovmf_plugin.runs.settings import Doc, Settings, settings_of
 
 __all__ = [
     "BASELINES",
-    "PRECISIONS",
     "CommonSettings",
     "DataSettings",
     "EvaluationSettings",
@@ -33,11 +31,6 @@ __all__ = [
 ]
 
 BASELINES = ("untrained", "pixels")
-PRECISIONS = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -104,9 +97,7 @@ class CommonSettings(NetworkSource):
     output_dir: Annotated[Path, Doc("the JSON, the HTML page and the features go there")]
     data: DataSettings = field(default_factory=DataSettings)
     device: Device = "auto"
-    precision: Annotated[
-        str, OneOf(PRECISIONS), Doc("of the backbone's forward pass (autocast)")
-    ] = "float32"
+    precision: Precision = "float32"
     seed: Annotated[
         Seed, Doc("of untrained weights, drawn splits, folds, probes and classifiers")
     ] = 0

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from dinovmf_plugin.core.distributed import Processes
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.evaluation.settings import (
-    PRECISIONS,
-    CommonSettings,
-    EvaluationSettings,
-    Section,
-)
+from dinovmf_plugin.evaluation.settings import CommonSettings, EvaluationSettings, Section
 from dinovmf_plugin.features.cache import FeatureKey, load_feature_file, save_feature_file
 from dinovmf_plugin.features.extraction import extract_feature_set, resolve_feature
 from dinovmf_plugin.features.images import (
@@ -30,6 +25,7 @@ from dinovmf_plugin.features.images import (
     rank_share,
 )
 from dinovmf_plugin.features.network import Network
+from dinovmf_plugin.features.settings import PRECISIONS
 
 __all__ = ["Images", "Run", "Workbench", "solve_alone"]
 

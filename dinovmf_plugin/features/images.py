@@ -23,7 +23,14 @@ from dinovmf_plugin.data.folders import ImageFolder, list_images, relabel, take_
 from dinovmf_plugin.data.loaders import FolderSource, ImageSource
 from dinovmf_plugin.data.unreadable import find_unreadable, refuse_or_drop
 
-__all__ = ["DatasetSource", "ImageSet", "describe", "image_folder", "loader_for", "rank_share"]
+__all__ = [
+    "DatasetSource",
+    "ImageSet",
+    "describe",
+    "image_folder",
+    "loader_for",
+    "rank_share",
+]
 
 FORMATS = ("image_folder", "dali")
 

@@ -90,10 +90,16 @@ class Network:
 
     @property
     def image_size(self) -> int:
-        """Side of the images that the network was made for, in pixels."""
-        return int(
-            self.vit.patch_embed.img_size[0] if self.shape is None else self.shape.img_size[0]
-        )
+        """Side of the images that the network was made for, in pixels; 224 where it is none."""
+        if self.shape is not None:
+            return int(self.shape.img_size[0])
+        return int(self.vit.patch_embed.img_size[0]) if has_tokens(self.model) else 224
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        first = next(self.model.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     def to(self, device: torch.device | str) -> Network:
         """The same network, its modules moved to ``device``."""

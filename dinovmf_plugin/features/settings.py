@@ -5,24 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.recipe import INTERPOLATIONS
 from dinovmf_plugin.data.unreadable import CHECKS
 from dinovmf_plugin.runs.bounds import Count, OneOf, Path, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings
 
 __all__ = [
+    "PRECISIONS",
     "CheckImages",
+    "CropSettings",
     "Device",
     "Feature",
     "Interpolation",
     "NetworkSource",
+    "Precision",
     "ReadingSettings",
     "Side",
 ]
 
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+Precision = Annotated[str, OneOf(PRECISIONS), Doc("of the backbone's forward pass (autocast)")]
 Interpolation = Annotated[str, OneOf(INTERPOLATIONS), Doc("of the resizing")]
 Device = Annotated[str, Doc("auto, cpu, cuda, cuda:1 ...")]
 Side = Annotated[Count, Doc("side of the center crop in pixels")]
@@ -73,3 +84,34 @@ class ReadingSettings(Settings):
     skip_unreadable: Annotated[
         bool, Doc("leave out images that cannot be read, instead of stopping")
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropSettings(ReadingSettings):
+    """How images are read and cropped, by default to what the backbone was made for."""
+
+    crop_size: Annotated[
+        Side | None, Doc("side of the center crop; null: what the backbone was made for")
+    ] = None
+    resize: Annotated[
+        Count | None, Doc("shorter side before the crop; null: crop_size * 256 / 224")
+    ] = None
+    interpolation: Interpolation = "bicubic"
+
+    def check(self) -> None:
+        """Refuse a crop that is larger than the resized image."""
+        if self.crop_size and self.resize and self.crop_size > self.resize:
+            raise ValueError(f"crop_size={self.crop_size} must be at most resize={self.resize}")
+
+    def transform(self, image_size: int) -> CenterCrop:
+        """The test transform, without the network's own channel statistics.
+
+        Args:
+            image_size: what the backbone was made for, in pixels.
+
+        Example:
+            >>> CropSettings().transform(224).resize, CropSettings(crop_size=112).transform(224).resize
+            (256, 128)
+        """
+        size = self.crop_size or image_size
+        return CenterCrop(self.resize or round(size * 256 / 224), size, self.interpolation)

@@ -16,6 +16,7 @@ __all__ = [
     "file_digest",
     "keep_previous",
     "listing_digest",
+    "name_not_utf8",
     "plain",
     "replacing",
     "write_file",
@@ -154,3 +155,18 @@ def listing_digest(paths: Iterable[str | Path]) -> str:
         name = os.fsencode(os.path.basename(path))
         digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def name_not_utf8(paths: Iterable[str | Path]) -> str | None:
+    """The first file name that is no UTF-8, in a form that can be shown; None if all are.
+
+    Example:
+        >>> name_not_utf8(["a.jpg", os.fsdecode(b"caf\\xe9.jpg")])
+        'caf\\\\xe9.jpg'
+    """
+    for path in paths:
+        try:
+            os.fsencode(path).decode("utf-8")
+        except UnicodeDecodeError:
+            return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return None

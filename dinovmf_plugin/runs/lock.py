@@ -1,4 +1,4 @@
-"""One process at a time trains a run: a lock that ends with its process, and who holds it."""
+"""One process at a time works on a run: a lock that ends with its process, and who holds it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
 class RunInUseError(OSError):
-    """Another process trains this run now."""
+    """Another process works on this run now."""
 
 
 def is_first_process() -> bool:
@@ -41,10 +41,17 @@ class RunLock:
 
     Args:
         folder: an existing folder.
+        doing: what the holder does with the run, for messages.
+        advice: what else could be done, for messages.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        doing: str = "trained",
+        advice: str = "another seed, name or checkpoint.dir is another run",
+    ) -> None:
+        self.folder, self._doing, self._advice = folder, doing, advice
         # the real path: two spellings of a folder are one lock
         self._lock = FileLock(
             os.path.realpath(folder / _LOCK), is_singleton=True, thread_local=False
@@ -99,8 +106,8 @@ class RunLock:
         if holder:
             who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
         return (
-            f"this run is already being trained in {self.folder} by {who}: wait for it or stop it; "
-            "another seed, name or checkpoint.dir is another run"
+            f"this run is already being {self._doing} in {self.folder} by {who}: wait for it or stop it; "
+            f"{self._advice}"
         )
 
 

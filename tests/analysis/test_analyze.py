@@ -16,12 +16,13 @@ from hydra import compose, initialize_config_module
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinovmf_plugin.analysis.gallery import component_sheets
-from dinovmf_plugin.analysis.measurements import knn_correct, make_mixture, score_images
+from dinovmf_plugin.analysis.measurements import knn_correct, score_images
 from dinovmf_plugin.analysis.run import AnalysisSettings, analyze, format_analysis
 from dinovmf_plugin.analysis.tables import save_table
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.embedding import assign, embed
 from dinovmf_plugin.features.images import ImageSet, image_folder
+from dinovmf_plugin.features.mixture import make_mixture
 from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.mixture.model import VMFMixture, prototype_mixture
 from dinovmf_plugin.mixture.utilization import utilization

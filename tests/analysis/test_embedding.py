@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dinovmf_plugin.analysis.measurements import make_mixture
 from dinovmf_plugin.analysis.run import AnalysisSettings, analyze
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.embedding import embed
 from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.mixture import make_mixture
 from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.mixture.model import prototype_mixture
 from dinovmf_plugin.runs.settings import read

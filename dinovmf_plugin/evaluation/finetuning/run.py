@@ -30,11 +30,11 @@ from dinovmf_plugin.evaluation.finetuning.trainer import (
 from dinovmf_plugin.evaluation.logistic.datasets import load_transfer_dataset
 from dinovmf_plugin.evaluation.logistic.regression import class_scores
 from dinovmf_plugin.evaluation.page import evaluation_page
-from dinovmf_plugin.evaluation.settings import PRECISIONS
 from dinovmf_plugin.evaluation.workbench import Images
 from dinovmf_plugin.features.extraction import extract_feature_set
 from dinovmf_plugin.features.images import ImageSet, describe, loader_for, rank_share
 from dinovmf_plugin.features.network import random_name
+from dinovmf_plugin.features.settings import PRECISIONS
 from dinovmf_plugin.runs.environment import pick_device, versions
 from dinovmf_plugin.runs.files import file_digest, write_file, write_json
 from dinovmf_plugin.runs.folder import open_run_folder

@@ -22,10 +22,11 @@ from dinovmf_plugin.evaluation.linear.scores import (
     summarize_probes,
 )
 from dinovmf_plugin.evaluation.linear.settings import LinearSettings
-from dinovmf_plugin.evaluation.settings import PRECISIONS, EvaluationSettings
+from dinovmf_plugin.evaluation.settings import EvaluationSettings
 from dinovmf_plugin.evaluation.workbench import Images, Run, Workbench
 from dinovmf_plugin.features.extraction import backbone_features, resolve_feature
 from dinovmf_plugin.features.images import ImageSet, describe
+from dinovmf_plugin.features.settings import PRECISIONS
 
 __all__ = ["prepare_linear"]
 
