@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dinovmf_plugin import registry
-from dinovmf_plugin.analysis.measurements import make_mixture, measure_prototypes
+from dinovmf_plugin.analysis.measurements import measure_prototypes
 from dinovmf_plugin.comparison.devices import lease_gpu
 from dinovmf_plugin.comparison.launch import train
 from dinovmf_plugin.comparison.outcome import outcome_of
@@ -25,6 +25,7 @@ from dinovmf_plugin.evaluation.runner import check_evaluation, evaluate
 from dinovmf_plugin.features.checks import NonFiniteFeaturesError
 from dinovmf_plugin.features.embedding import embed
 from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.features.mixture import make_mixture
 from dinovmf_plugin.features.network import Network, load_network
 from dinovmf_plugin.pretraining import build_method
 from dinovmf_plugin.runs.environment import machine, pick_device, versions
