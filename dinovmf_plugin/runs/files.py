@@ -158,11 +158,11 @@ def listing_digest(paths: Iterable[str | Path]) -> str:
 
 
 def name_not_utf8(paths: Iterable[str | Path]) -> str | None:
-    """The first file name that is no UTF-8, in a form that can be shown; None if all are.
+    r"""The first file name that is no UTF-8, in a form that can be shown; None if all are.
 
     Example:
-        >>> name_not_utf8(["a.jpg", os.fsdecode(b"caf\\xe9.jpg")])
-        'caf\\\\xe9.jpg'
+        >>> name_not_utf8(["a.jpg", os.fsdecode(b"caf\xe9.jpg")])
+        'caf\\xe9.jpg'
     """
     for path in paths:
         try:
