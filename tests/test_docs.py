@@ -101,6 +101,14 @@ def test_figures__say_what_the_page_says():
     assert least["probability"] > least["none"] > least["logit"]
 
 
+def test_coming__code_runs():
+    page = (ROOT / "docs" / "coming.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert 7 < float(names["loss"]) < 10  # about log 4096
+
+
 def test_hooks__move_links():
     pytest.importorskip("mkdocs")
     pytest.importorskip("latex2mathml")
