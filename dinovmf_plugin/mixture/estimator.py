@@ -24,10 +24,7 @@ from dinovmf_plugin.mixture import em
 from dinovmf_plugin.mixture.concentration import MAX_CONCENTRATION
 from dinovmf_plugin.mixture.em import Parameters
 from dinovmf_plugin.mixture.fitting import Fit, UnitRows, fit_em
-from dinovmf_plugin.mixture.initialization import (
-    initialization_rows,
-    kmeans_plusplus_directions,
-)
+from dinovmf_plugin.mixture.initialization import initialization_rows, starting_parameters
 from dinovmf_plugin.mixture.model import log_uniform_density
 from dinovmf_plugin.mixture.online import remember
 from dinovmf_plugin.mixture.sampling import sample_vmf
@@ -305,27 +302,9 @@ class VonMisesFisherMixture(DensityMixin, BaseEstimator):
         return array
 
     def _start(self, rows: UnitRows, random: RandomState) -> Parameters:
-        """Parameters after one M step from the rows nearest to each starting direction."""
-        dim = rows.array.shape[1]
         x = rows.draw(initialization_rows(self.n_components), random)
-        if not isinstance(self.init, str):
-            given = np.asarray(self.init, dtype=np.float64)
-            if given.shape != (self.n_components, dim) or not given.any(axis=1).all():
-                raise ValueError(
-                    f"init has shape {given.shape}: ({self.n_components}, {dim}) non-zero directions "
-                    "are needed, one per component"
-                )
-            directions = F.normalize(torch.from_numpy(given), dim=1)
-        elif self.init == "random":
-            chosen = random.choice(len(x), self.n_components, replace=False)
-            directions = x[torch.from_numpy(chosen)].double()
-        else:
-            directions = kmeans_plusplus_directions(x, self.n_components, random)
-        pieces = x.split(em.chunk_rows(self.n_components, dim))
-        return em.maximization(
-            em.hard_statistics(pieces, directions),
-            directions,
-            max_concentration=self.max_concentration,
+        return starting_parameters(
+            x, self.n_components, self.init, random, max_concentration=self.max_concentration
         )
 
     def _parameters(self) -> Parameters:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.random import RandomState
+from numpy.typing import ArrayLike
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 from torch.nn import functional as F
 
 from dinovmf_plugin.core.vmf import exact_log_normalizer, log_normalizer
 from dinovmf_plugin.mixture.concentration import banerjee_concentration
-from dinovmf_plugin.mixture.em import chunk_rows, hard_statistics
+from dinovmf_plugin.mixture.em import Parameters, chunk_rows, hard_statistics, maximization
 
 __all__ = [
     "initialization_rows",
@@ -20,6 +21,7 @@ __all__ = [
     "seed_rows",
     "spherical_kmeans",
     "split_rows",
+    "starting_parameters",
 ]
 
 _MANY = 256  # components from which on fewer rows and seeds per component have to do
@@ -40,7 +42,7 @@ def initialization_rows(num_components: int) -> int:
 def spherical_kmeans(
     x: Tensor, directions: Tensor, *, iterations: int = _LLOYD, weights: Tensor | None = None
 ) -> Tensor:
-    """Lloyd's iterations on the sphere: assign by the largest cosine, average, normalise.
+    """Lloyd's iterations on the sphere: assign by the largest cosine, average, normalize.
 
     Source: Dhillon and Modha, Machine Learning 42 (2001).
 
@@ -203,6 +205,54 @@ def kmeans_plusplus_directions(x: Tensor, num_components: int, random: RandomSta
         candidates.numpy(), num_components, sample_weight=weights.numpy(), random_state=random
     )
     return spherical_kmeans(candidates, torch.from_numpy(chosen), weights=weights)
+
+
+def starting_parameters(
+    x: Tensor,
+    num_components: int,
+    init: str | ArrayLike,
+    random: RandomState,
+    *,
+    max_concentration: float,
+) -> Parameters:
+    """Parameters after one M step from the rows nearest to each starting direction.
+
+    Args:
+        x: unit vectors ``(N, p)``, at least as many as components.
+        num_components: ``K``.
+        init: ``k-means++``, ``random`` (rows of x) or directions ``(K, p)`` of any length.
+        random: what draws.
+        max_concentration: upper bound of the concentrations.
+
+    Raises:
+        ValueError: if directions are given that are not ``(K, p)``, or one of them is zero.
+
+    Example:
+        >>> x = torch.eye(3).repeat(4, 1)
+        >>> given = [[2, 1, 0], [0, 5, 0], [0, 1, 3]]
+        >>> start = starting_parameters(x, 3, given, RandomState(0), max_concentration=9.0)
+        >>> start.directions.argmax(dim=1).tolist(), start.log_weights.exp().sum().round().item()
+        ([0, 1, 2], 1.0)
+    """
+    dim = x.shape[1]
+    if not isinstance(init, str):
+        given = np.asarray(init, dtype=np.float64)
+        if given.shape != (num_components, dim) or not given.any(axis=1).all():
+            raise ValueError(
+                f"init has shape {given.shape}: ({num_components}, {dim}) non-zero directions "
+                "are needed, one per component"
+            )
+        directions = F.normalize(torch.from_numpy(given), dim=1)
+    elif init == "random":
+        chosen = random.choice(len(x), num_components, replace=False)
+        directions = x[torch.from_numpy(chosen)].double()
+    else:
+        directions = kmeans_plusplus_directions(x, num_components, random)
+    return maximization(
+        hard_statistics(_chunks(x, directions), directions),
+        directions,
+        max_concentration=max_concentration,
+    )
 
 
 def _log_normalizer(kappa: Tensor, dim: int) -> Tensor:
