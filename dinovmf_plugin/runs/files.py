@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
+    "as_json",
     "file_digest",
     "keep_previous",
     "listing_digest",
     "name_not_utf8",
-    "plain",
     "replacing",
     "write_file",
     "write_json",
@@ -76,17 +76,17 @@ def write_file(path: str | Path, content: bytes | str | Callable[[IO[bytes]], ob
             file.write(content.encode() if isinstance(content, str) else content)
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A value as JSON holds it: paths are text, numbers that are not finite are null.
 
     Example:
-        >>> plain({"mAP": float("nan"), "scales": (1.0, 0.5), "file": Path("a")})
+        >>> as_json({"mAP": float("nan"), "scales": (1.0, 0.5), "file": Path("a")})
         {'mAP': None, 'scales': [1.0, 0.5], 'file': 'a'}
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
@@ -95,12 +95,12 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON; see ``plain`` for what becomes of values that JSON lacks.
+    """Write indented JSON; see ``as_json`` for what becomes of values that JSON lacks.
 
     Raises:
         OSError: see ``replacing``.
     """
-    write_file(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    write_file(path, json.dumps(as_json(value), indent=2, allow_nan=False) + "\n")
 
 
 def file_digest(path: str | Path) -> str:

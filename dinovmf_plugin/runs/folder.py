@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dinovmf_plugin._version import __version__
-from dinovmf_plugin.runs.files import keep_previous, plain, write_json
+from dinovmf_plugin.runs.files import as_json, keep_previous, write_json
 
 __all__ = ["open_run_folder"]
 
@@ -61,7 +61,7 @@ def open_run_folder(
 
 def _bind(folder: Path, settings: Mapping[str, Any]) -> None:
     record = folder / "settings.json"
-    now = json.loads(json.dumps(plain({**settings, "plugin_version": __version__})))
+    now = json.loads(json.dumps(as_json({**settings, "plugin_version": __version__})))
     if record.is_file():
         before = json.loads(record.read_text())
         changes = [

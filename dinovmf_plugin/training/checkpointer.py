@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.host import HostCheckpointer
+from dinovmf_plugin.runs.files import write_file
 from dinovmf_plugin.runs.lock import RunLock, release_locks
 from dinovmf_plugin.runs.written import WrittenFiles
 from dinovmf_plugin.training.folders import (
@@ -128,9 +129,7 @@ class Checkpointer(HostCheckpointer):
         if trainer.is_global_zero:
             make_folder(self.path, self.cfg)
             args = OmegaConf.to_container(self.cfg, resolve=True)
-            temporary = self.path / "args.json.tmp"
-            temporary.write_text(json.dumps(args, indent=2, default=str))
-            temporary.replace(self.path / "args.json")
+            write_file(self.path / "args.json", json.dumps(args, indent=2, default=str))
             self._record.clear_unfinished()
             for name in self._record.names():
                 if not is_whole(self.path / name):  # it must not push the one before it out
@@ -140,7 +139,7 @@ class Checkpointer(HostCheckpointer):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the step, to tell micro-batches that end in an optimiser step."""
+        """Remember the step, to tell micro-batches that end in an optimizer step."""
         self._step_before = trainer.global_step
 
     def on_train_batch_end(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from dinovmf_plugin.evaluation.logistic.datasets import MEAN_PER_CLASS, load_transfer_dataset
 from dinovmf_plugin.evaluation.logistic.few_shot import few_shot_over_splits
@@ -20,6 +21,22 @@ from dinovmf_plugin.features.images import ImageSet, describe
 from dinovmf_plugin.report.paper import TABLE_5
 
 __all__ = ["prepare_few_shot", "prepare_transfer", "transfer_averages"]
+
+
+def _reader(
+    bench: Workbench, settings: FewShotSettings | TransferSettings, run: EvaluationSettings
+) -> tuple[Callable[[ImageSet], tuple[Tensor, Tensor]], dict[str, Any]]:
+    """What gives the features and labels of a set, and how the features are made, for the results."""
+    crop = bench.transform(settings)
+
+    def read(images: ImageSet) -> tuple[Tensor, Tensor]:
+        features, labels = bench.features(images, {"feature": settings.feature}, crop)
+        return features["feature"], labels
+
+    return read, {
+        "feature": bench.describe_feature(settings.feature),
+        "transform": describe(crop, run.data.format),
+    }
 
 
 def _few_shot_splits(
@@ -44,7 +61,7 @@ def _few_shot_splits(
 
 def prepare_few_shot(settings: FewShotSettings, images: Images, run: EvaluationSettings) -> Run:
     """Draw or read the splits; counts that the smallest class cannot serve are recorded as skipped."""
-    train, _ = images.train, images.val
+    train = images.train
     splits = _few_shot_splits(settings, train, run.seed)
     rows = np.unique(np.concatenate([row for group in splits.values() for row in group]))
     within = {
@@ -59,18 +76,17 @@ def prepare_few_shot(settings: FewShotSettings, images: Images, run: EvaluationS
         )
 
     def few_shot(bench: Workbench) -> dict[str, Any]:
-        wanted, crop = {"feature": settings.feature}, bench.transform(settings)
+        read, told = _reader(bench, settings, run)
         # only the images that a split names go through the network
-        few = train.subset(rows.tolist(), "few-shot")
-        features, labels = bench.features(few, wanted, crop)
-        val, val_labels = bench.features(images.val, wanted, crop)
+        features, labels = read(train.subset(rows.tolist(), "few-shot"))
+        val, val_labels = read(images.val)
         found = solve_alone(
             bench,
             lambda: few_shot_over_splits(
-                features["feature"],
+                features,
                 labels,
                 within,
-                val["feature"],
+                val,
                 val_labels,
                 lambd=settings.lambd,
                 preprocess=settings.preprocess,
@@ -83,8 +99,7 @@ def prepare_few_shot(settings: FewShotSettings, images: Images, run: EvaluationS
             "top1": found,
             "skipped_counts": skipped,
             "splits": settings.split_dir or f"drawn, seed {run.seed}",
-            "feature": bench.describe_feature(settings.feature),
-            "transform": describe(crop, run.data.format),
+            **told,
             "val_images": len(val_labels),
         }
 
@@ -131,18 +146,18 @@ def prepare_transfer(settings: TransferSettings, images: Images, run: Evaluation
         check_folds(pair.train.labels, settings.folds, f"transfer {pair.name}")
 
     def transfer(bench: Workbench) -> dict[str, Any]:
-        wanted, crop = {"feature": settings.feature}, bench.transform(settings)
+        read, told = _reader(bench, settings, run)
         results: dict[str, Any] = {}
         for pair in pairs:
-            train, labels = bench.features(pair.train, wanted, crop)
-            test, test_labels = bench.features(pair.test, wanted, crop)
+            train, labels = read(pair.train)
+            test, test_labels = read(pair.test)
             results[pair.name] = solve_alone(
                 bench,
                 lambda train=train, labels=labels, test=test, test_labels=test_labels, pair=pair: (  # type: ignore[misc]
                     cross_validated_accuracy(
-                        train["feature"],
+                        train,
                         labels,
-                        test["feature"],
+                        test,
                         test_labels,
                         weight_decays=settings.weight_decays,
                         folds=settings.folds,
@@ -156,11 +171,6 @@ def prepare_transfer(settings: TransferSettings, images: Images, run: Evaluation
                     )
                 ),
             )
-        return {
-            "datasets": results,
-            "average": transfer_averages(results),
-            "feature": bench.describe_feature(settings.feature),
-            "transform": describe(crop, run.data.format),
-        }
+        return {"datasets": results, "average": transfer_averages(results), **told}
 
     return transfer
