@@ -17,6 +17,13 @@ def test_every_key_is_in_the_config_with_the_protocols_default(compose):
     assert config == default_values(AllSettings) | {"evaluations": list(PROTOCOLS)}
 
 
+@pytest.mark.parametrize(
+    ("config", "kind"), [("retrieval", RetrievalSettings), ("video_segmentation", VideoSettings)]
+)
+def test_config__names_every_setting_with_its_default(compose, config, kind):
+    assert OmegaConf.to_container(compose(config)) == default_values(kind)
+
+
 def test_the_protocols(compose):
     config = compose("evaluate")
     assert list(config.knn.ks) == [10, 20, 100, 200]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import runpy
 import sys
 from pathlib import Path
@@ -12,81 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
-from timm.models import VisionTransformer
 from torch.nn import functional as F
 
 from dinovmf_plugin.evaluation.retrieval import descriptors
-from dinovmf_plugin.evaluation.retrieval.dataset import load_retrieval_set, read_image
+from dinovmf_plugin.evaluation.retrieval.dataset import load_retrieval_set
 from dinovmf_plugin.evaluation.retrieval.descriptors import DINO_SCALES, global_descriptor
 from dinovmf_plugin.evaluation.retrieval.page import format_scores
 from dinovmf_plugin.evaluation.retrieval.run import evaluate_retrieval
 from dinovmf_plugin.evaluation.retrieval.scores import rank_database, revisited_scores
-from dinovmf_plugin.evaluation.retrieval.settings import RetrievalSettings
-from dinovmf_plugin.runs.reference import default_values
-from dinovmf_plugin.runs.settings import read
-
-SIDE = 32
-PLACES = ("abbey", "bridge", "castle")
-
-
-def vit():
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=SIDE, patch_size=8, embed_dim=192, depth=1, num_heads=3, num_classes=0
-    )
-    torch.nn.init.normal_(model.cls_token)
-    with torch.no_grad():  # at timm's initial scale the CLS token hardly sees the image
-        for block in model.blocks:
-            for weight in (block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight):
-                weight.mul_(5)
-    return model.eval()
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    torch.save(vit().state_dict(), tmp_path / "vit.pth")
-    return tmp_path / "vit.pth"
-
-
-def picture(rng, place, size):
-    """A landmark: blocks of its own colours, with noise."""
-    blocks = np.random.default_rng(place).integers(0, 256, (4, 4, 3))
-    pixels = np.asarray(Image.fromarray(blocks.astype(np.uint8)).resize(size, 0), dtype=float)
-    return Image.fromarray((pixels + rng.normal(0, 30, pixels.shape)).clip(0, 255).astype(np.uint8))
-
-
-@pytest.fixture
-def data(tmp_path):
-    """4 images of each of 3 places, one query each; sizes differ."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "sets" / "roxford5k"
-    (folder / "jpg").mkdir(parents=True)
-    names, truths = [], []
-    for place, name in enumerate(PLACES):
-        for number in range(4):
-            names.append(f"{name}_{number:06d}")
-            size = [(32, 32), (48, 36), (30, 50), (64, 64)][number]
-            picture(rng, place, size).save(folder / "jpg" / f"{names[-1]}.jpg", quality=95)
-        picture(rng, place, (64, 48)).save(folder / "jpg" / f"{name}_query.jpg", quality=95)
-        own = np.arange(4 * place, 4 * place + 4)
-        truths.append(
-            {"bbx": [8.2, 4.0, 40.0, 36.0], "easy": own[:2], "hard": own[2:3], "junk": own[3:]}
-        )
-    content = {"imlist": names, "qimlist": [f"{n}_query" for n in PLACES], "gnd": truths}
-    (folder / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(content))
-    return folder
-
-
-def settings(data, weights, out, **changes):
-    given = {
-        "checkpoint": weights if weights is None else str(weights),
-        "data_path": str(data.parent),
-        "output_dir": str(out),
-    }
-    given |= {"imsize": SIDE, "device": "cpu", "num_workers": 0, "show": 2}
-    return read(RetrievalSettings, given | changes)
+from tests.evaluation.retrieval.landmarks import SIDE, settings, vit
 
 
 def pixels(path, box=None):
@@ -215,90 +149,6 @@ def test_truncated_image__used_and_named(tmp_path, data, checkpoint):
     assert results["speed"]["database"]["truncated"] == [7]
 
 
-def test_read_image__box_keeps_the_scale_of_the_whole_image(tmp_path):
-    path = tmp_path / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 200, 3), np.uint8)).save(path)
-    assert read_image(path, 50)[0].size == (50, 25)
-    assert read_image(path, 50, (10.0, 20.0, 90.0, 60.0))[0].size == (20, 10)
-    assert read_image(path, 400)[0].size == (200, 100)
-    assert read_image(path, 400, (10.0, 20.0, 90.0, 60.0))[0].size == (80, 40)
-    assert read_image(path, None)[0].size == (200, 100)
-    with pytest.raises(ValueError, match="lies outside the image"):
-        read_image(path, 50, (200.0, 0.0, 210.0, 5.0))
-    path.write_text("no image")
-    with pytest.raises(ValueError, match="a.png cannot be read as an image"):
-        read_image(path, 50)
-
-
-def change_truth(data, change):
-    path = data / "gnd_roxford5k.pkl"
-    content = pickle.loads(path.read_bytes())
-    change(content)
-    path.write_bytes(pickle.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c["qimlist"].append("nowhere"), "4 query images, but 3 entries in gnd"),
-        (lambda c: c["gnd"][1].pop("hard"), r"gnd of query 1 \(bridge_query\) has no 'hard'"),
-        (lambda c: c["gnd"][0].update(easy=[12]), "easy names image 12, but imlist has 12"),
-        (lambda c: c["gnd"][0].update(junk=[0]), "lists an image twice"),
-        (lambda c: c["gnd"][0].update(easy=[0.5]), "easy must be whole numbers"),
-        (lambda c: c["gnd"][2].update(bbx=[5, 5, 1, 9]), "not left, top, right, bottom"),
-        (lambda c: c.update(imlist=["../../secret"]), "not a plain image name"),
-        (lambda c: c.update(imlist=c["imlist"] * 2), "imlist names an image twice"),
-        (lambda c: c.update(qimlist=[]), "qimlist must be a list of image names"),
-        (lambda c: c.pop("gnd"), "must hold a dict with imlist, qimlist and gnd"),
-        (lambda c: c["gnd"].__setitem__(0, 3), "is not a dict"),
-    ],
-)
-def test_bad_ground_truth__one_sentence(data, change, message):
-    change_truth(data, change)
-    with pytest.raises(ValueError, match=message):
-        load_retrieval_set(data.parent, "roxford5k")
-
-
-def test_missing_files__named(tmp_path, data):
-    with pytest.raises(FileNotFoundError, match="data_path=.*nowhere is not a folder"):
-        load_retrieval_set(tmp_path / "nowhere", "roxford5k")
-    with pytest.raises(FileNotFoundError, match="there is no gnd_rparis6k.pkl"):
-        load_retrieval_set(data.parent, "rparis6k")
-    assert load_retrieval_set(data, "roxford5k").folder == data  # the folder itself
-    (data / "jpg" / "castle_000002.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"database image castle_000002.jpg .*\(1 of 12"):
-        load_retrieval_set(data, "roxford5k")
-    (data / "jpg" / "abbey_query.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"query image abbey_query.jpg is not in"):
-        load_retrieval_set(data, "roxford5k")
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"checkpoint": None}, ValueError, "checkpoint=None must be set to a path"),
-        ({"checkpoint": "none.pth"}, FileNotFoundError, "no checkpoint file none.pth"),
-        ({"imsize": 3}, ValueError, "imsize=3 must be a whole number of at least 16 or null"),
-        (
-            {"scales": []},
-            ValueError,
-            r"scales=\[\] must be a list of numbers above 0 and at most 4, one at least",
-        ),
-        ({"which": "ema"}, ValueError, "which='ema' must be teacher or student"),
-        ({"show": ["nobody"]}, ValueError, "query image 'nobody' is not in the query list"),
-        ({"show": -1}, ValueError, "show=-1 must be"),
-        ({"num_workers": -1}, ValueError, "num_workers=-1 must be"),
-        ({"device": "abacus"}, ValueError, "device='abacus' cannot be used here"),
-    ],
-)
-def test_bad_settings__one_sentence_and_no_folder(
-    tmp_path, data, checkpoint, changes, error, message
-):
-    with pytest.raises(error, match=message):
-        evaluate_retrieval(settings(data, checkpoint, tmp_path / "out", **changes))
-    assert not (tmp_path / "out").exists()
-
-
 def test_baselines__untrained_by_name_but_not_pixels(tmp_path, data):
     name = "random:vit_tiny_patch16_224"
     results = evaluate_retrieval(settings(data, name, tmp_path / "out", show=0))
@@ -328,19 +178,6 @@ def test_script__from_any_folder_and_bad_input_ends_in_one_sentence(
     assert "error: output_dir=None must be set to a path\n" in capsys.readouterr().err
 
 
-def test_config__names_every_setting_with_its_default():
-    path = Path(__file__).resolve().parents[3] / "configs" / "retrieval.yaml"
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    del config["defaults"], config["hydra"]
-    assert config == default_values(RetrievalSettings)
-
-
-def test_query_boxes__missing_box(tmp_path, data, checkpoint):
-    change_truth(data, lambda c: c["gnd"][1].pop("bbx"))
-    with pytest.raises(ValueError, match="no bbx for query 'bridge_query'"):
-        evaluate_retrieval(settings(data, checkpoint, tmp_path / "out", query_boxes=True))
-
-
 def test_foreign_output_folder__untouched(tmp_path, data, checkpoint):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text("mine")
@@ -358,14 +195,3 @@ def test_another_picture_under_the_same_name__refused_with_the_key(tmp_path, dat
     os.utime(path, ns=(10**18, 10**18))
     with pytest.raises(ValueError, match="results of other settings .*images_digest was"):
         evaluate_retrieval(settings(data, checkpoint, tmp_path / "out"))
-
-
-@pytest.mark.parametrize(("size", "scales"), [((12, 5), [1.0]), ((14, 14), [1.0, 0.5])])
-def test_a_picture_smaller_than_a_patch__is_named_before_computing(
-    tmp_path, data, checkpoint, size, scales, monkeypatch
-):
-    picture(np.random.default_rng(0), 0, size).save(data / "jpg" / "castle_000003.jpg")
-    if min(size) * min(scales) + 1 < 8:
-        monkeypatch.setattr(descriptors, "global_descriptor", lambda *_: pytest.fail("computed"))
-    with pytest.raises(ValueError, match=r"castle_000003\.jpg.* smaller than one patch of 8 x 8"):
-        evaluate_retrieval(settings(data, checkpoint, tmp_path / "out", scales=scales))
