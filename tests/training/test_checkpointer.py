@@ -1,4 +1,4 @@
-"""The checkpointer: identity of a run, whole files only, nothing overwritten, readable errors."""
+"""The checkpointer: whole files only, nothing overwritten, readable errors."""
 
 from __future__ import annotations
 
@@ -7,143 +7,28 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 from dinovmf_plugin import host
 from dinovmf_plugin.training.checkpointer import Checkpointer
-from dinovmf_plugin.training.folders import choose_folder, find_checkpoint, is_whole, run_identity
-
-
-class Module(LightningModule):
-    """One weight that counts the steps."""
-
-    def __init__(self, cfg: Any) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.weight = torch.nn.Parameter(torch.zeros(1000))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.weight.sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1.0)
-
-    def configure_callbacks(self) -> list[Callback]:
-        return [Checkpointer(self.cfg)]
-
-
-def _cfg(folder: Path, **changes: Any) -> Any:
-    cfg = OmegaConf.create(
-        {
-            "name": "run",
-            "method": "dino_vmf",
-            "seed": 0,
-            "method_kwargs": {"normalization": "vmf"},
-            "data": {"num_workers": 4, "train_path": "x"},
-            "checkpoint": {"enabled": True, "dir": str(folder), "frequency": 1, "keep_prev": False},
-        }
-    )
-    for key, value in changes.items():
-        OmegaConf.update(cfg, key, value, force_add=True)
-    return cfg
-
-
-def _train(cfg: Any, epochs: int = 3, ckpt_path: Any = None, callbacks: Any = ()) -> Trainer:
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    resume = {} if ckpt_path is None else {"ckpt_path": ckpt_path, "weights_only": True}
-    trainer.fit(Module(cfg), torch.utils.data.DataLoader([torch.zeros(1)] * 2), **resume)
-    return trainer
-
-
-def _checkpointer(trainer: Trainer) -> Checkpointer:
-    (found,) = [c for c in trainer.callbacks if isinstance(c, Checkpointer)]
-    return found
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
-# ---- identity ------------------------------------------------------------------------------------
-
-
-def test_run_identity__same_run__same_digits(tmp_path):
-    cfg = _cfg(tmp_path)
-    identity = run_identity(cfg)
-    assert len(identity) == 8
-    assert int(identity, 16) >= 0
-    for key, value in (
-        ("checkpoint.dir", "elsewhere"),
-        ("checkpoint.frequency", 7),
-        ("auto_resume.enabled", True),
-        ("resume_from_checkpoint", None),
-        ("wandb.enabled", True),
-        ("debug_augmentations", True),
-        ("data.num_workers", 16),
-        ("enable_progress_bar", False),
-    ):
-        assert run_identity(_cfg(tmp_path, **{key: value})) == identity, key
-    assert run_identity(cfg) == identity  # computing it changes nothing
-    reordered = OmegaConf.create(dict(reversed(OmegaConf.to_container(cfg).items())))
-    assert run_identity(reordered) == identity
-
-
-def test_run_identity__anything_else__other_digits(tmp_path):
-    identity = run_identity(_cfg(tmp_path))
-    for key, value in (
-        ("seed", 1),
-        ("method", "ibot_vmf"),
-        ("method_kwargs.normalization", "l2"),
-        ("data.train_path", "y"),
-        ("max_epochs", 3),
-        ("resume_from_checkpoint", "file.ckpt"),
-        ("anything.new", 1),
-    ):
-        assert run_identity(_cfg(tmp_path, **{key: value})) != identity, key
-
-
-def test_run_identity__one_folder_by_any_name__same_digits(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "photos")
-    for key in ("data.train_path", "data.val_path"):
-        names = (
-            "photos",
-            "photos/",
-            "./photos",
-            "link",
-            "link/../photos",
-            str(tmp_path / "photos"),
-        )
-        assert len({run_identity(_cfg(tmp_path, **{key: name})) for name in names}) == 1, key
-        assert run_identity(_cfg(tmp_path, **{key: "photos2"})) != run_identity(
-            _cfg(tmp_path, **{key: "photos"})
-        )
-
+from dinovmf_plugin.training.folders import find_checkpoint, is_whole, run_identity
+from tests.training import small_runs
+from tests.training.small_runs import checkpointer_of, files_in, first_epoch, run_cfg, train
 
 # ---- files ---------------------------------------------------------------------------------------
 
 
 def test_folder__one_checkpoint_the_one_before_and_the_config(tmp_path):
-    cfg = _cfg(tmp_path)
-    last = _checkpointer(_train(cfg)).last_ckpt
+    cfg = run_cfg(tmp_path)
+    last = checkpointer_of(train(cfg)).last_ckpt
     folder = tmp_path / "dino_vmf" / f"run-{run_identity(cfg)}"
-    assert _files(folder) == [
+    assert files_in(folder) == [
         "args.json",
         "checkpoints.json",
         "previous/run-ep1.ckpt",
@@ -157,9 +42,9 @@ def test_folder__one_checkpoint_the_one_before_and_the_config(tmp_path):
 
 
 def test_keep_prev__all_of_them(tmp_path):
-    cfg = _cfg(tmp_path, **{"checkpoint.keep_prev": True})
-    _train(cfg, epochs=4)
-    names = [name for name in _files(tmp_path) if name.endswith(".ckpt")]
+    cfg = run_cfg(tmp_path, **{"checkpoint.keep_prev": True})
+    train(cfg, epochs=4)
+    names = [name for name in files_in(tmp_path) if name.endswith(".ckpt")]
     assert [Path(name).name for name in names] == [f"run-ep{i}.ckpt" for i in range(4)]
 
 
@@ -168,17 +53,17 @@ def test_keep_prev__all_of_them(tmp_path):
     [(1, [3, 4]), (2, [3, 4]), (3, [2, 4]), (5, [4]), (9, [4]), (0, [3, 4])],
 )
 def test_frequency__last_epoch_in_any_case(tmp_path, frequency, expected):
-    _train(_cfg(tmp_path, **{"checkpoint.frequency": frequency}), epochs=5)
-    names = [Path(name).stem for name in _files(tmp_path) if name.endswith(".ckpt")]
+    train(run_cfg(tmp_path, **{"checkpoint.frequency": frequency}), epochs=5)
+    names = [Path(name).stem for name in files_in(tmp_path) if name.endswith(".ckpt")]
     assert sorted(names) == [f"run-ep{epoch}" for epoch in expected]
 
 
 def test_second_start_of_the_same_run__leaves_the_first_alone(tmp_path):
-    cfg = _cfg(tmp_path)
-    first = _checkpointer(_train(cfg, epochs=1)).last_ckpt
+    cfg = run_cfg(tmp_path)
+    first = checkpointer_of(train(cfg, epochs=1)).last_ckpt
     content = first.read_bytes()
-    second = _checkpointer(_train(cfg, epochs=2)).last_ckpt
-    third = _checkpointer(_train(cfg, epochs=1)).last_ckpt
+    second = checkpointer_of(train(cfg, epochs=2)).last_ckpt
+    third = checkpointer_of(train(cfg, epochs=1)).last_ckpt
     assert first.read_bytes() == content
     identity = run_identity(cfg)
     assert [p.parent.name for p in (first, second, third)] == [
@@ -192,47 +77,26 @@ def test_second_start_of_the_same_run__leaves_the_first_alone(tmp_path):
 
 
 def test_resumed_run__stays_in_its_folder(tmp_path):
-    cfg = _cfg(tmp_path, **{"auto_resume.enabled": True})
-    first = _checkpointer(_train(cfg, epochs=2)).last_ckpt
+    cfg = run_cfg(tmp_path, **{"auto_resume.enabled": True})
+    first = checkpointer_of(train(cfg, epochs=2)).last_ckpt
     for path in (first, first.parent / "previous" / "run-ep0.ckpt"):
-        again = _checkpointer(_train(cfg, epochs=4, ckpt_path=path))
+        again = checkpointer_of(train(cfg, epochs=4, ckpt_path=path))
         assert again.path == first.parent
         assert again.last_ckpt == first.parent / "run-ep3.ckpt"
         weights = torch.load(again.last_ckpt, weights_only=True)["state_dict"]["weight"]
         assert torch.equal(weights, torch.full((1000,), -8.0))
         if path == first:
             first.parent.joinpath("previous", "run-ep0.ckpt").write_bytes(
-                _first_epoch(tmp_path / "other")
+                first_epoch(tmp_path / "other")
             )
     assert first.parent.joinpath("previous", "run-ep0.ckpt").exists()  # not this run's: put there
     assert len(list((tmp_path / "dino_vmf").iterdir())) == 1
 
 
-def _first_epoch(folder: Path) -> bytes:
-    return _checkpointer(_train(_cfg(folder), epochs=1)).last_ckpt.read_bytes()
-
-
 def test_given_folder__is_used(tmp_path):
     """``pretrain`` chooses the folder for checkpoints, logs and monitors together."""
-    cfg = _cfg(tmp_path, **{"checkpoint.folder": str(tmp_path / "chosen")})
-    assert _checkpointer(_train(cfg, epochs=1)).last_ckpt == tmp_path / "chosen" / "run-ep0.ckpt"
-
-
-def test_choose_folder__of_a_resumed_file(tmp_path):
-    """Its own, but never that of another run."""
-    cfg = _cfg(tmp_path)
-    own = tmp_path / "dino_vmf" / f"run-{run_identity(cfg)}"
-    for folder in (own, own.with_name(f"{own.name}-2"), own.with_name(f"{own.name}-12")):
-        assert choose_folder(cfg, folder / "x.ckpt") == folder
-        assert choose_folder(cfg, folder / "previous" / "x.ckpt") == folder
-    for folder in (
-        tmp_path / "a",
-        own.with_name(f"{own.name}-b"),
-        own.with_name("run-2"),
-        own / "a",
-    ):
-        assert choose_folder(cfg, folder / "x.ckpt") == own
-        assert choose_folder(cfg, folder / "previous" / "x.ckpt") == own
+    cfg = run_cfg(tmp_path, **{"checkpoint.folder": str(tmp_path / "chosen")})
+    assert checkpointer_of(train(cfg, epochs=1)).last_ckpt == tmp_path / "chosen" / "run-ep0.ckpt"
 
 
 def test_run_folder__is_told_to_other_callbacks(tmp_path):
@@ -241,42 +105,11 @@ def test_run_folder__is_told_to_other_callbacks(tmp_path):
             self.folder = module.run_folder
 
     look = Look()
-    trainer = _train(_cfg(tmp_path), epochs=1, callbacks=[look])
-    assert Path(look.folder) == _checkpointer(trainer).path
+    trainer = train(run_cfg(tmp_path), epochs=1, callbacks=[look])
+    assert Path(look.folder) == checkpointer_of(trainer).path
 
 
 # ---- damage --------------------------------------------------------------------------------------
-
-
-def test_is_whole__truncated_or_corrupted__false(tmp_path):
-    path = tmp_path / "x.ckpt"
-    torch.save({"weight": torch.arange(5000.0)}, path)
-    content = path.read_bytes()
-    assert is_whole(path)
-    for damaged in (b"", content[:10], content[: len(content) // 2], content[:-1], b"no archive"):
-        path.write_bytes(damaged)
-        assert not is_whole(path)
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 0xFF  # a bit error inside the data: the checksum sees it
-    path.write_bytes(bytes(flipped))
-    assert zipfile.is_zipfile(path)
-    assert not is_whole(path)
-    assert not is_whole(tmp_path / "absent.ckpt")
-
-
-def test_find_checkpoint__newest_whole_one_of_this_run(tmp_path, capsys):
-    cfg = _cfg(tmp_path, **{"checkpoint.keep_prev": True})
-    assert find_checkpoint(cfg) is None
-    _train(cfg, epochs=12)
-    newest = find_checkpoint(cfg)
-    assert newest.name == "run-ep11.ckpt"  # by number, not by name
-    assert capsys.readouterr().out.count("damaged") == 0
-    newest.write_bytes(b"")
-    assert find_checkpoint(cfg).name == "run-ep10.ckpt"
-    assert f"checkpoint {newest} is truncated or damaged" in capsys.readouterr().out
-    for path in tmp_path.rglob("*.ckpt"):
-        path.write_bytes(b"")
-    assert find_checkpoint(cfg) is None
 
 
 def test_failed_write__old_file_kept_and_named(tmp_path, monkeypatch):
@@ -290,14 +123,14 @@ def test_failed_write__old_file_kept_and_named(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    cfg = _cfg(tmp_path)
+    cfg = run_cfg(tmp_path)
     with pytest.raises(OSError) as caught:
-        _train(cfg)
+        train(cfg)
     message = str(caught.value)
     assert "run-ep1.ckpt could not be written: No space left on device" in message
     assert "run-ep0.ckpt is untouched" in message
     names = ["args.json", "checkpoints.json", "run-ep0.ckpt", "run.lock"]
-    assert [Path(n).name for n in _files(tmp_path)] == names
+    assert [Path(n).name for n in files_in(tmp_path)] == names
     assert is_whole(find_checkpoint(cfg))
 
 
@@ -305,31 +138,18 @@ def test_failed_write__old_file_kept_and_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", ["../elsewhere", "/etc/run", "a/b", "..", ""])
 def test_names_that_leave_the_folder__refused(tmp_path, key, value):
     with pytest.raises(ValueError, match=rf"{key}='{value}' must be a plain name"):
-        Checkpointer(_cfg(tmp_path, **{key: value}))
-
-
-def test_find_checkpoint__steps_between_epochs(tmp_path):
-    """What a signal saved comes after the epoch before it and before the end of its own."""
-    cfg = _cfg(tmp_path)
-    content = _first_epoch(tmp_path / "other")
-    folder = Checkpointer(cfg).path
-    folder.joinpath("previous").mkdir(parents=True)
-    for name in ("previous/run-ep9.ckpt", "run-ep10-step90.ckpt", "run-ep10-step101.ckpt"):
-        folder.joinpath(name).write_bytes(content)
-        assert find_checkpoint(cfg) == folder / name
-    folder.joinpath("run-ep10.ckpt").write_bytes(content)
-    assert find_checkpoint(cfg).name == "run-ep10.ckpt"
+        Checkpointer(run_cfg(tmp_path, **{key: value}))
 
 
 def test_damaged_newest__put_aside_so_that_it_does_not_displace_the_one_before(tmp_path):
-    cfg = _cfg(tmp_path, **{"auto_resume.enabled": True})
-    newest = _checkpointer(_train(cfg, epochs=2)).last_ckpt
+    cfg = run_cfg(tmp_path, **{"auto_resume.enabled": True})
+    newest = checkpointer_of(train(cfg, epochs=2)).last_ckpt
     newest.write_bytes(newest.read_bytes()[:1000])
     newest.with_name("run-ep1-step3.ckpt").write_bytes(b"PK half: somebody else's")
     before = find_checkpoint(cfg)
     assert before.name == "run-ep0.ckpt"
-    _train(cfg, epochs=3, ckpt_path=before)
-    assert [n for n in _files(newest.parent) if "ckpt" in n] == [
+    train(cfg, epochs=3, ckpt_path=before)
+    assert [n for n in files_in(newest.parent) if "ckpt" in n] == [
         "previous/run-ep1.ckpt",
         "run-ep1-step3.ckpt",
         "run-ep1.ckpt.damaged",
@@ -342,14 +162,16 @@ def test_damaged_newest__put_aside_so_that_it_does_not_displace_the_one_before(t
 
 
 def _snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {n: ((folder / n).read_bytes(), (folder / n).stat().st_mtime_ns) for n in _files(folder)}
+    return {
+        n: ((folder / n).read_bytes(), (folder / n).stat().st_mtime_ns) for n in files_in(folder)
+    }
 
 
 @pytest.mark.parametrize("own_name", [False, True])
 @pytest.mark.parametrize("keep_prev", [False, True])
 def test_named_checkpoint__read_and_never_written(tmp_path, own_name, keep_prev):
     """Neither the file, nor anything beside it: also names that the run itself would use."""
-    content = _first_epoch(tmp_path / "first")
+    content = first_epoch(tmp_path / "first")
     models = tmp_path / "models"
     (models / "previous").mkdir(parents=True)
     named = models / ("run-ep0.ckpt" if own_name else "best.ckpt")
@@ -358,20 +180,20 @@ def test_named_checkpoint__read_and_never_written(tmp_path, own_name, keep_prev)
     for name in ("previous/run-ep0.ckpt", "old-format.ckpt", "run-ep2.ckpt.tmp", "args.json"):
         (models / name).write_bytes(b"no archive")
     before = _snapshot(models)
-    cfg = _cfg(tmp_path / "new", **{"checkpoint.keep_prev": keep_prev})
-    last = _checkpointer(_train(cfg, epochs=4, ckpt_path=named)).last_ckpt
+    cfg = run_cfg(tmp_path / "new", **{"checkpoint.keep_prev": keep_prev})
+    last = checkpointer_of(train(cfg, epochs=4, ckpt_path=named)).last_ckpt
     assert _snapshot(models) == before
     assert last.is_relative_to(tmp_path / "new" / "dino_vmf")
-    names = [Path(n).name for n in _files(tmp_path / "new") if n.endswith(".ckpt")]
+    names = [Path(n).name for n in files_in(tmp_path / "new") if n.endswith(".ckpt")]
     assert sorted(names) == [f"run-ep{i}.ckpt" for i in ((1, 2, 3) if keep_prev else (2, 3))]
 
 
 def test_named_checkpoint_of_the_run_itself__a_folder_of_its_own_too(tmp_path):
-    cfg = _cfg(tmp_path)
-    first = _checkpointer(_train(cfg, epochs=3)).last_ckpt
+    cfg = run_cfg(tmp_path)
+    first = checkpointer_of(train(cfg, epochs=3)).last_ckpt
     before = _snapshot(first.parent)
     for path in (first, first.parent / "previous" / "run-ep1.ckpt"):
-        last = _checkpointer(_train(cfg, epochs=5, ckpt_path=path)).last_ckpt
+        last = checkpointer_of(train(cfg, epochs=5, ckpt_path=path)).last_ckpt
         assert last.parent.parent == first.parent.parent
         assert last.parent != first.parent
         assert _snapshot(first.parent) == before
@@ -379,8 +201,8 @@ def test_named_checkpoint_of_the_run_itself__a_folder_of_its_own_too(tmp_path):
 
 @pytest.mark.parametrize("keep_prev", [False, True])
 def test_foreign_files_in_the_runs_own_folder__stay(tmp_path, keep_prev):
-    cfg = _cfg(tmp_path, **{"auto_resume.enabled": True, "checkpoint.keep_prev": keep_prev})
-    first = _checkpointer(_train(cfg, epochs=1)).last_ckpt
+    cfg = run_cfg(tmp_path, **{"auto_resume.enabled": True, "checkpoint.keep_prev": keep_prev})
+    first = checkpointer_of(train(cfg, epochs=1)).last_ckpt
     folder, content = first.parent, first.read_bytes()
     theirs = ["best.ckpt", "run-ep2.ckpt", "run-ep9.ckpt", "previous/run-ep0.ckpt", "old.ckpt"]
     for name in theirs:
@@ -389,7 +211,7 @@ def test_foreign_files_in_the_runs_own_folder__stay(tmp_path, keep_prev):
     theirs.append("run-ep1.ckpt.tmp")
     before = {name: value for name, value in _snapshot(folder).items() if name in theirs}
     assert find_checkpoint(cfg) == first  # run-ep9 was not written by this run
-    last = _checkpointer(_train(cfg, epochs=5, ckpt_path=first)).last_ckpt
+    last = checkpointer_of(train(cfg, epochs=5, ckpt_path=first)).last_ckpt
     after = _snapshot(folder)
     assert {name: after[name] for name in theirs} == before
     assert last == folder / "run-ep4.ckpt"
@@ -399,34 +221,34 @@ def test_foreign_files_in_the_runs_own_folder__stay(tmp_path, keep_prev):
 
 
 def test_folder_of_an_older_version__continued_and_nothing_of_it_deleted(tmp_path):
-    cfg = _cfg(tmp_path, **{"auto_resume.enabled": True})
-    first = _checkpointer(_train(cfg, epochs=2)).last_ckpt
+    cfg = run_cfg(tmp_path, **{"auto_resume.enabled": True})
+    first = checkpointer_of(train(cfg, epochs=2)).last_ckpt
     (first.parent / "checkpoints.json").unlink()  # older versions had no record
     assert find_checkpoint(cfg) == first
-    last = _checkpointer(_train(cfg, epochs=5, ckpt_path=first)).last_ckpt
-    names = [n for n in _files(first.parent) if n.endswith(".ckpt")]
+    last = checkpointer_of(train(cfg, epochs=5, ckpt_path=first)).last_ckpt
+    names = [n for n in files_in(first.parent) if n.endswith(".ckpt")]
     new = ["previous/run-ep3.ckpt", "run-ep4.ckpt"]
     assert names == sorted(["previous/run-ep0.ckpt", "run-ep1.ckpt", *new])
     assert find_checkpoint(cfg) == last
 
 
 def test_same_run_started_twice_at_once__second_is_told(tmp_path):
-    cfg = _cfg(tmp_path)
+    cfg = run_cfg(tmp_path)
     told = []
 
     class StartAgain(Callback):
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-            command = [sys.executable, "-c", _START_AGAIN, str(tmp_path), __file__]
+            command = [sys.executable, "-c", _START_AGAIN, str(tmp_path), small_runs.__file__]
             told.append(subprocess.run(command, capture_output=True, text=True))
 
-    folder = _checkpointer(_train(cfg, epochs=1, callbacks=[StartAgain()])).path
+    folder = checkpointer_of(train(cfg, epochs=1, callbacks=[StartAgain()])).path
     (second,) = told
     assert (
         f"RunInUseError: this run is already being trained in {folder} by process {os.getpid()} on"
         in (second.stderr)
     )
     assert len(list((tmp_path / "dino_vmf").iterdir())) == 1
-    command = [sys.executable, "-c", _START_AGAIN, str(tmp_path), __file__]
+    command = [sys.executable, "-c", _START_AGAIN, str(tmp_path), small_runs.__file__]
     assert subprocess.run(command, capture_output=True).returncode == 0  # now it may
 
 
@@ -435,7 +257,7 @@ import importlib.util, pathlib, sys
 spec = importlib.util.spec_from_file_location("again", sys.argv[2])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-module._train(module._cfg(pathlib.Path(sys.argv[1])), epochs=1)
+module.train(module.run_cfg(pathlib.Path(sys.argv[1])), epochs=1)
 """
 
 
@@ -443,7 +265,7 @@ def test_unwritable_folder__named_before_training(tmp_path):
     blocked = tmp_path / "file"
     blocked.touch()
     with pytest.raises(OSError, match=r"checkpoint\.dir=.*file cannot be written"):
-        _train(_cfg(blocked))
+        train(run_cfg(blocked))
 
 
 @pytest.mark.skipif(
@@ -453,8 +275,8 @@ def test_hosts_checkpointer__is_replaced_not_doubled(tmp_path):
     """The host's main_pretrain.py passes its own: Lightning lets a subclass take its place."""
     from solo.utils.checkpointer import Checkpointer as HostCheckpointer
 
-    cfg = _cfg(tmp_path)
+    cfg = run_cfg(tmp_path)
     theirs = HostCheckpointer(copy.deepcopy(cfg), logdir=str(tmp_path / "host"), frequency=1)
-    trainer = _train(cfg, epochs=1, callbacks=[theirs])
+    trainer = train(cfg, epochs=1, callbacks=[theirs])
     assert [type(c) for c in trainer.callbacks if isinstance(c, HostCheckpointer)] == [Checkpointer]
     assert not (tmp_path / "host").exists()
