@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from lightning.pytorch import Callback
 from PIL import Image
 
 from dinovmf_plugin import host
+from dinovmf_plugin.analysis.run import AnalysisSettings, analyze
 from dinovmf_plugin.checkpoints.transfer import export_weights
 from dinovmf_plugin.core.vit import forward_tokens, last_attention
+from dinovmf_plugin.data.decoding import open_image
+from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.evaluation.retrieval.descriptors import global_descriptor
 from dinovmf_plugin.features.extraction import backbone_features, resolve_feature
 from dinovmf_plugin.features.network import load_network, untrained_like
 from dinovmf_plugin.pretraining import build_method, pretrain
+from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training.config import parse_cfg
 
 REGISTERS = {"reg_tokens": 4}
@@ -201,6 +206,43 @@ def test_exported(trained, tmp_path, row):
     again = load_network(tmp_path, head=True)
     torch.testing.assert_close(again.model(_images()), wanted, **CLOSE)
     assert again.image_size == 32
+
+
+_QUICK = ("registers", "ResNet, CIFAR stem")  # the drawing of one analysis takes seconds
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        row if row in _QUICK else pytest.param(row, marks=pytest.mark.slow)
+        for row in (*VITS, *OTHERS)
+    ],
+)
+@torch.no_grad()
+def test_analyzed(trained, tmp_path, row):
+    """The whole analysis: every image's cosine with its component is the teacher's; attention of ViTs."""
+    cfg, path, teacher = trained(row)
+    with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
+        given = [f"checkpoint={path}", f"data.train_path={cfg.data.train_path}"]
+        given += [f"output_dir={tmp_path / 'out'}", "data.num_workers=0", "device=cpu"]
+        given += ["gallery.components=1", "gallery.images=1", "gallery.outliers=1"]
+        given += ["attention.images=1", "utilization.thresholds=[0.9]"]
+        settings = read(AnalysisSettings, compose("analyze", overrides=given))
+    result = analyze(settings)
+    assert (result["num_prototypes"], result["crop_size"]) == (32, 32)
+    assert bool(result["attention"]) is (row in VITS)
+    network = load_network(path, head=True)
+    transform = network.normalized(CenterCrop(resize=37, size=32))
+    with open(tmp_path / "out" / "images.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    head, _ = network.mixture_head
+    pixels = torch.stack([transform(open_image(Path(line["path"]))) for line in rows])
+    output = teacher.forward_features(pixels)[:, 0] if row in VITS else teacher(pixels)
+    directions = head.last_layer.directions()[[int(line["component"]) for line in rows]]
+    cosines = (head(output) * directions).sum(1)
+    found = torch.tensor([float(line["cosine"]) for line in rows])
+    torch.testing.assert_close(found, cosines, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("row", [row for row in (*VITS, *OTHERS) if "CIFAR" not in row])

@@ -157,3 +157,42 @@ def test_recipe__trains_one_step(name, data, pictures, tmp_path, monkeypatch):
         assert module.backbone.pos_embed.shape == (1, 1 + 64, 192)
     assert checkpoint is not None
     assert checkpoint.is_file()
+
+
+def test_recipe__two_epochs__equal_one_and_one_more(pictures, tmp_path, monkeypatch):
+    """A ResNet with the stem of small pictures goes on from its checkpoint, bit for bit."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a, **k: True)
+
+    def run(folder: str, epochs: int, *more: str) -> dict[str, Any]:
+        cfg = _compose(
+            "cifar/dino_vmf",
+            f"data.train_path={pictures}",
+            "data.val_path=null",
+            f"checkpoint.dir={tmp_path / folder}",
+            "data.num_workers=0",
+            "optimizer.batch_size=2",
+            f"max_epochs={epochs}",
+            "scheduler.name=none",  # a schedule would depend on max_epochs
+            "scheduler.warmup_epochs=0",
+            "momentum.base_tau=0.9",
+            "momentum.final_tau=0.9",
+            "accelerator=cpu",
+            "method_kwargs.proj_hidden_dim=16",
+            "method_kwargs.num_prototypes=48",
+            "+limit_train_batches=1",
+            "+enable_progress_bar=False",
+            "+enable_model_summary=False",
+            *more,
+        )
+        seen = _Seen()
+        path = pretrain(cfg, [seen])
+        assert seen.module.backbone.conv1.kernel_size == (3, 3)
+        return {"path": path, "steps": seen.steps, "state": seen.module.state_dict()}
+
+    straight, first = run("straight", 2), run("parts", 1)
+    second = run("parts", 2, f"resume_from_checkpoint={first['path']}")
+    assert (straight["steps"], first["steps"], second["steps"]) == (2, 1, 2)
+    for name, value in straight["state"].items():
+        assert torch.equal(second["state"][name], value), name
+    head = "head.last_layer.weight_v"
+    assert not torch.equal(first["state"][head], straight["state"][head])
