@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def run_one(settings: RunSettings) -> dict[str, Any]:
         return previous
     keep_previous(folder / RESULT)
     print(f"{recipe.name}: {'going on' if found else 'training'} in {folder}", flush=True)
-    began, started = time.monotonic(), datetime.now(timezone.utc)
+    began, started = time.monotonic(), datetime.now(UTC)
     _check_before_training(parsed, settings, folder)
     outcome = train(recipe, shared.curve_every, shared.k)
     trained = time.monotonic()

@@ -250,8 +250,8 @@ def write_report(
             f"The first images, one row each: {recipe.data.num_large_crops} global and "
             f"{recipe.data.num_small_crops} local crops. A person should see which belong together."
         )
-        with Image.open(crops) as sheet:
-            page.picture(sheet, "crops of the first training images")
+        with Image.open(crops) as picture:
+            page.picture(picture, "crops of the first training images")
     for name, network in trained.items():
         page.section(f"Nearest neighbours: {name}")
         for sheet in _neighbor_sheets(network, folder, data):

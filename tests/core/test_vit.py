@@ -277,7 +277,7 @@ def test_forward_tokens__8_by_2_patches__are_not_4_by_4():
         rows, cols = height // 8, width // 8
         pos = vit.pos_embed.detach().double().numpy()[0, 1:].reshape(8, 2, -1)
         wanted = _bicubic(pos, rows, cols, ((rows + 0.1) / 8, (cols + 0.1) / 2)).reshape(-1, 24)
-        _, found = backbones._position_embedding(vit, rows, cols)
+        _, found = backbones.position_embedding(vit, rows, cols)
         np.testing.assert_allclose(found[0].detach().numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -293,9 +293,9 @@ def test_position_rule__msn__is_the_plain_ratio_of_the_sides(rows, cols):
     """MSN resizes by sqrt(n / N), n and N the numbers of patches, without DINO's tenth of a cell."""
     vit = _vit()
     pos = vit.pos_embed.detach().double().numpy()[0, 1:].reshape(4, 4, -1)
-    _, as_dino = backbones._position_embedding(vit, rows, cols)
+    _, as_dino = backbones.position_embedding(vit, rows, cols)
     backbones.resample_positions_as(vit, "msn")
-    _, found = backbones._position_embedding(vit, rows, cols)
+    _, found = backbones.position_embedding(vit, rows, cols)
     if rows == cols:
         ratio = (np.sqrt(rows * cols / 16),) * 2
     else:

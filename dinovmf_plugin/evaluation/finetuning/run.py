@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ def finetune(config: Mapping[str, Any]) -> dict[str, Any]:
         "train_images": len(train),
         "val_images": len(val),
         "versions": versions(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": str(sweep.device),
     }
     with launched_processes(sweep.device) as processes:
