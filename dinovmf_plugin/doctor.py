@@ -26,7 +26,7 @@ _USES = {
     "analysis": "table=parquet",
     "cluster": "hydra/launcher=submitit_slurm and joblib",
     "export": "export --onnx and --push-to",
-    "h5": "data.format=h5",
+    "h5": "data.source=h5",
     "mlflow": "mlflow.enabled=True",
     "sources": "data.source=hfds and hfids",
     "tensorboard": "tensorboard.enabled=True",

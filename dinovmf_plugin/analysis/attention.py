@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from dinovmf_plugin.core.vit import last_attention, patch_grid
-from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.features.images import ImageSet
 from dinovmf_plugin.features.network import Network
@@ -144,7 +143,7 @@ def save_model_attention(
     Args:
         model: a Vision Transformer.
         crop: what it sees of an image; its statistics are the model's.
-        images: in a folder.
+        images: where they come from.
         count: at most as many as there are images.
         folder: made if missing.
 
@@ -157,7 +156,7 @@ def save_model_attention(
     paths: list[Path] = []
     for index in tqdm(chosen, desc="attention maps", unit="img"):
         path = Path(images.path(int(index)))
-        pixels = transform(open_image(path))
+        pixels = transform(images.source.image(int(index)))
         maps = cls_attention(
             last_attention(model.vit, pixels[None].to(model.prototypes.weight_v.device)),
             patch_grid(model.vit, *pixels.shape[-2:]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +12,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dinovmf_plugin.analysis.measurements import Scored, component_labels
-from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.mixture.model import VMFMixture
 from dinovmf_plugin.report.page import Sheet, Thumbnail
 
 __all__ = ["component_sheets", "component_table", "image_table", "ranked_sheet", "thumbnail"]
 
 
-def thumbnail(path: str | Path, size: int, *, caption: str = "", title: str = "") -> Thumbnail:
+def thumbnail(image: Image.Image, size: int, *, caption: str = "", title: str = "") -> Thumbnail:
     """A square thumbnail, centre-cropped, at twice the CSS size for dense screens.
 
     Args:
-        path: image file.
+        image: the picture, RGB.
         size: side in CSS pixels.
         caption: shown below.
-        title: shown on hovering; default the path.
+        title: shown on hovering.
     """
-    square = ImageOps.fit(open_image(path), (2 * size, 2 * size), Image.Resampling.BICUBIC)
+    square = ImageOps.fit(image, (2 * size, 2 * size), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     square.save(buffer, format="JPEG", quality=80)
-    return Thumbnail(buffer.getvalue(), size, caption, title or str(path))
+    return Thumbnail(buffer.getvalue(), size, caption, title)
 
 
 def image_table(scored: Sequence[Scored]) -> dict[str, list[Any]]:
@@ -148,7 +146,7 @@ def component_sheets(
             cosine, k = float(scored.scores.cosine[i]), int(scored.scores.component[i])
             share = float(scored.scores.responsibility[i])
             title = f"{path}\ncomponent {k}, cosine {cosine:.3f}, responsibility {share:.2f}"
-            pictures.append(thumbnail(path, size, title=title))
+            pictures.append(thumbnail(scored.images.source.image(i), size, title=title))
         name = f"Component {int((groups == group).nonzero()[0])}"
         if copies[group] > 1:
             name += f" and {int(copies[group]) - 1:,} copies"
@@ -178,5 +176,6 @@ def ranked_sheet(
         typical = float(part.typicality[i])
         title_text = f"{path}\nlog p(y) {float(likelihood[index]):.2f}, typicality {typical:.3f}"
         caption = part.images.class_of(i) or part.images.name
-        pictures.append(thumbnail(path, size, caption=caption, title=title_text))
+        image = part.images.source.image(i)
+        pictures.append(thumbnail(image, size, caption=caption, title=title_text))
     return Sheet(title, f"of {len(likelihood):,} images", pictures)

@@ -52,6 +52,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
         labeled="auto",
         fraction=data.fraction,
         skip_unreadable=data.skip_unreadable,
+        keys=data,
     )
     sets = [train]
     if data.val_path:
@@ -63,6 +64,7 @@ def analyze(settings: AnalysisSettings) -> dict[str, Any]:
                 labeled="auto",
                 fraction=data.fraction,
                 skip_unreadable=data.skip_unreadable,
+                keys=data,
             )
         )
     if settings.table == "parquet":

@@ -21,7 +21,9 @@ __all__ = ["AnalysisSettings", "DataSettings"]
 class DataSettings(CropSettings):
     """Images and how they are read."""
 
-    train_path: Annotated[Path, Doc("one folder per class, or a plain folder of images")]
+    train_path: Annotated[
+        Path, Doc("one folder per class, a plain folder of images, or what data.source reads")
+    ]
     val_path: Annotated[
         Path | None, Doc("images of the same classes, for Figure 2 and the outliers")
     ] = None

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dinovmf_plugin.features.network import Network, load_network
 from dinovmf_plugin.pretraining import build_method
 from dinovmf_plugin.runs.environment import machine, pick_device, versions
 from dinovmf_plugin.runs.files import keep_previous, write_json
+from dinovmf_plugin.runs.sources import SourceKeys
 from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.curve import read_curve, read_monitor
 from dinovmf_plugin.training.folders import choose_folder, find_checkpoint, run_identity
@@ -86,7 +88,11 @@ def _prototypes(
 
     def embeddings(key: str) -> Tensor:
         images = image_folder(
-            recipe.data[key], f"data.{key}", labeled="auto", fraction=recipe.data.fraction
+            recipe.data[key],
+            f"data.{key}",
+            labeled="auto",
+            fraction=recipe.data.fraction,
+            keys=SourceKeys.of(recipe.data),
         )
         return embed(
             network,
@@ -110,6 +116,7 @@ def _evaluation_config(
     shared = settings.comparison
     size = shared.image_size or int(OmegaConf.select(recipe, "backbone.kwargs.img_size") or 224)
     data = {key: recipe.data[key] for key in ("train_path", "val_path")}
+    data |= asdict(SourceKeys.of(recipe.data))
     config = shared.evaluation_config(checkpoint, str(folder), size, data)
     config["progress"] = bool(shared.evaluation.get("progress", True))
     return config

@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dinovmf_plugin.data.folders import ImageFolder
+from dinovmf_plugin.data.decoding import UnreadableImageError
+from dinovmf_plugin.data.source import Source
 
 __all__ = ["same_on_all_ranks"]
 
+T = TypeVar("T", bound=Source)
 
-def same_on_all_ranks(
-    list_them: Callable[[], ImageFolder], key: str, world_size: int
-) -> ImageFolder:
-    """List the images of a folder on every rank, and compare.
+
+def same_on_all_ranks(list_them: Callable[[], T], key: str, world_size: int) -> T:
+    """List the images on every rank, and compare.
 
     Args:
         list_them: lists this rank's images.
-        key: config key of the folder, for messages.
+        key: config key of the images, for messages.
         world_size: number of processes that call this together.
 
     Returns:
@@ -37,12 +38,11 @@ def same_on_all_ranks(
     images, error = None, None
     try:
         images = list_them()
-    except (OSError, ValueError) as raised:
+    except (OSError, ValueError, UnreadableImageError) as raised:
         error = raised
     digest = None
     if images is not None:
-        digest = hashlib.sha256(b"\0".join(images.names.tolist())).hexdigest()
-        digest += hashlib.sha256(images.labels.tobytes()).hexdigest()
+        digest = hashlib.sha256(images.listing()).hexdigest()
     mine = (socket.gethostname(), None if images is None else len(images), digest, str(error))
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -79,14 +80,24 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def _content(path: str | os.PathLike[str], read: Callable[[], bytes] | None) -> bytes:
+    return Path(path).read_bytes() if read is None else read()
+
+
+def open_image(
+    path: str | os.PathLike[str], read: Callable[[], bytes] | None = None
+) -> Image.Image:
     """Read an image completely, as 8-bit RGB (see :func:`to_rgb`).
 
+    Args:
+        path: the file.
+        read: gives its content where the path is that of no file, but leads into an archive.
+
     Raises:
-        UnreadableImageError: it cannot be read; the message names the file.
+        UnreadableImageError: it cannot be read; the message names the path.
     """
-    with _named(path), open(path, "rb") as file:
-        return to_rgb(Image.open(file))
+    with _named(path):
+        return to_rgb(Image.open(io.BytesIO(_content(path, read))))
 
 
 def is_plain_jpeg(file: BinaryIO) -> bool:
@@ -116,11 +127,17 @@ def _same_for_all(image: Image.Image, data: bytes) -> bool:
     return image.format == "PNG" and data[24] <= 8  # bits per sample, in the first chunk
 
 
-def decodable(path: str | os.PathLike[str]) -> tuple[bytes, int, int]:
+def decodable(
+    path: str | os.PathLike[str], read: Callable[[], bytes] | None = None
+) -> tuple[bytes, int, int]:
     """A file's content for DALI, of which it makes the same picture as :func:`open_image`.
 
     JPEG and 8-bit PNG files are given as they are. Others, whose decoders differ or which DALI does not know
     (GIF, AVIF, ICO, 12 or 16 bits, CMYK ...), are decoded here and handed on as PPM, without loss.
+
+    Args:
+        path: the file.
+        read: as for :func:`open_image`.
 
     Returns:
         Content, height and width in pixels.
@@ -129,8 +146,7 @@ def decodable(path: str | os.PathLike[str]) -> tuple[bytes, int, int]:
         UnreadableImageError: it cannot be read; the message names the file.
     """
     with _named(path):
-        with open(path, "rb") as file:
-            data = file.read()
+        data = _content(path, read)
         image: Image.Image = Image.open(io.BytesIO(data))
         if not _same_for_all(image, data):
             image = to_rgb(image)

@@ -10,13 +10,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from dinovmf_plugin.data.loaders import (
-    ImageSource,
-    leave_signals_to_the_parent,
-    worker_start_method,
-)
+from dinovmf_plugin.data.loaders import leave_signals_to_the_parent, worker_start_method
 from dinovmf_plugin.data.long_pictures import resized_center
 from dinovmf_plugin.data.recipe import IMAGENET_MEAN, IMAGENET_STD, INTERPOLATIONS
+from dinovmf_plugin.data.source import ImageSource
 from dinovmf_plugin.data.transforms import INTERPOLATION_MODES
 
 _LONG = 4

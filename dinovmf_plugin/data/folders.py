@@ -5,45 +5,33 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from dinovmf_plugin.data.source import NO_LABEL, Listing
+
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-NO_LABEL = -1
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images of a folder.
+class ImageFolder(Listing):
+    """The images of a folder."""
 
-    Paths are kept as one numpy array of bytes and not as Python strings: worker processes that only
-    read it do not copy it page by page, and a million paths cost tens of megabytes.
+    def read(self, index: int) -> bytes:
+        """The content of file ``index``."""
+        return Path(self.path(index)).read_bytes()
 
-    Attributes:
-        root: the folder.
-        names: ``(N,)`` paths relative to ``root``, as file-system bytes.
-        labels: ``(N,)`` int64 class indices, all -1 without labels.
-        classes: class names; empty without labels.
-    """
+    def open(self, index: int) -> BinaryIO:
+        """File ``index``."""
+        return open(self.path(index), "rb")
 
-    root: Path
-    names: npt.NDArray[np.bytes_]
-    labels: npt.NDArray[np.int64]
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def path(self, index: int) -> str:
-        """Path of image ``index``."""
-        return os.path.join(self.root, os.fsdecode(self.names[index]))
-
-    def subset(self, indices: npt.NDArray[np.int64]) -> ImageFolder:
-        """The images ``indices``, in that order; the classes stay as they are."""
-        return replace(self, names=self.names[indices], labels=self.labels[indices])
+    def stamps(self) -> Iterator[bytes]:
+        """Name, size, time of change and label of every image."""
+        for i, (name, label) in enumerate(zip(self.names, self.labels, strict=True)):
+            stat = os.stat(self.path(i))
+            yield bytes(name) + f"\t{stat.st_size}\t{stat.st_mtime_ns}\t{label}\n".encode()
 
 
 def _holds(folder: str, path: Path) -> bool:
@@ -133,34 +121,6 @@ def class_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
     """Names of the class folders of ``root``, sorted, without looking into them."""
     with os.scandir(root) as scan:
         return tuple(sorted(e.name for e in scan if e.is_dir() and not e.name.startswith(".")))
-
-
-def relabel(images: ImageFolder, classes: Sequence[str], *, key: str) -> ImageFolder:
-    """Labels by another list of classes, that of the training set; images may lack some of them.
-
-    Args:
-        images: a labelled folder.
-        classes: names in the order of the labels.
-        key: config key of the folder, for messages.
-
-    Raises:
-        ValueError: the folder has a class that is not in ``classes``.
-
-    Example:
-        >>> names = np.array([b"b/1.png"], dtype=np.bytes_)
-        >>> images = ImageFolder(Path("val"), names, np.array([0]), ("b",))
-        >>> relabel(images, ["a", "b"], key="data.val_path").labels
-        array([1])
-    """
-    unknown = sorted(set(images.classes) - set(classes))
-    if unknown:
-        raise ValueError(
-            f"{key}={images.root}: {len(unknown)} of its classes are not in the training set, such as "
-            f"{unknown[0]!r}"
-        )
-    position = {name: i for i, name in enumerate(classes)}
-    mapping = np.array([position[name] for name in images.classes], dtype=np.int64)
-    return replace(images, labels=mapping[images.labels], classes=tuple(classes))
 
 
 def check_fraction(fraction: float | None) -> float | None:

@@ -8,30 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dinovmf_plugin.data.decoding import UnreadableImageError, open_image
-from dinovmf_plugin.data.folders import ImageFolder
+from dinovmf_plugin.data.decoding import UnreadableImageError
 from dinovmf_plugin.data.recipe import Recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
+from dinovmf_plugin.data.source import ImageSource
 from dinovmf_plugin.data.transforms import MultiCropTransform
-
-
-class ImageSource(Protocol):
-    """Images by index, with their labels."""
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB."""
-
-    def label(self, index: int) -> int:
-        """Its class, or -1."""
-
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -83,46 +69,30 @@ def errors_in_one_sentence() -> Iterator[None]:
         raise UnreadableImageError(sentence) from error
 
 
-class FolderSource:
-    """The images of a folder as an :class:`ImageSource`."""
-
-    def __init__(self, images: ImageFolder) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, index: int) -> Image.Image:
-        """Read image ``index``; an unreadable one raises an error with its name."""
-        return open_image(self.images.path(index))
-
-    def label(self, index: int) -> int:
-        """Class of image ``index``, or -1."""
-        return int(self.images.labels[index])
-
-
 class _CropDataset(Dataset[Any]):
-    """Maps (epoch, index) to one training sample; holds no state that changes."""
+    """Maps (epoch, item) to one training sample; holds no state that changes."""
 
     def __init__(self, source: ImageSource, recipe: Recipe, seed: int) -> None:
         self.source = source
         self.transform = MultiCropTransform(recipe)
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, list[torch.Tensor], int]:
-        epoch, index = key
-        crops = self.transform(self.source.image(index), seed=self.seed, epoch=epoch, index=index)
-        return index, crops, self.source.label(index)
+    def __getitem__(self, key: tuple[int, Any]) -> tuple[int, list[torch.Tensor], int]:
+        epoch, item = key
+        index = self.source.index(item)
+        crops = self.transform(self.source.image(item), seed=self.seed, epoch=epoch, index=index)
+        return index, crops, self.source.label(item)
 
 
 class _EpochBatches:
-    """Batch sampler over (epoch, index) pairs.
+    """Batch sampler over (epoch, item) pairs.
 
-    The epoch travels with every index because persistent workers keep the copy of the data set that
+    The epoch travels with every item because persistent workers keep the copy of the data set that
     they were started with.
     """
 
-    def __init__(self, plan: EpochPlan) -> None:
+    def __init__(self, source: ImageSource, plan: EpochPlan) -> None:
+        self.source = source
         self.plan = plan
         self.epoch = 0
         self.start = 0
@@ -130,9 +100,9 @@ class _EpochBatches:
     def __len__(self) -> int:
         return self.plan.steps - self.start
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.plan.indices(self.epoch)[self.start :]:
-            yield [(self.epoch, int(index)) for index in batch]
+    def __iter__(self) -> Iterator[list[tuple[int, Any]]]:
+        for batch in self.source.batches(self.plan, self.epoch, self.start):
+            yield [(self.epoch, item) for item in batch]
 
 
 class PretrainLoader(ResumableLoader):
@@ -162,7 +132,7 @@ class PretrainLoader(ResumableLoader):
         prefetch_factor: int = 2,
     ) -> None:
         super().__init__(plan)
-        self._order = _EpochBatches(plan)
+        self._order = _EpochBatches(source, plan)
         self._loader = DataLoader(
             _CropDataset(source, recipe, plan.seed),
             batch_sampler=self._order,

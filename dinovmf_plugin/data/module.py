@@ -13,23 +13,18 @@ from PIL import Image
 
 from dinovmf_plugin.data.agreement import same_on_all_ranks
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
-from dinovmf_plugin.data.folders import (
-    ImageFolder,
-    class_names,
-    list_images,
-    relabel,
-    take_fraction,
-)
-from dinovmf_plugin.data.h5 import H5Source, h5_classes
-from dinovmf_plugin.data.loaders import FolderSource, ImageSource, PretrainLoader
+from dinovmf_plugin.data.folders import take_fraction
+from dinovmf_plugin.data.loaders import PretrainLoader
 from dinovmf_plugin.data.recipe import Recipe, parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
+from dinovmf_plugin.data.source import ImageSource, Listing, Source, relabel
+from dinovmf_plugin.data.sources import STREAMS, Location, check_source
 from dinovmf_plugin.data.unreadable import find_unreadable, refuse_or_drop
 
 FOLDER_DATASETS = ("imagenet", "imagenet100", "custom")
 TORCHVISION_DATASETS = ("cifar10", "cifar100", "stl10")
-FORMATS = ("image_folder", "dali")  # of folders
-H5 = "h5"
+FORMATS = ("image_folder", "dali")
+H5 = "h5"  # as a format: solo-learn's name of a source
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +47,7 @@ def _choice(
     return str(value)
 
 
-class TorchvisionSource:
+class TorchvisionSource(ImageSource):
     """CIFAR-10, CIFAR-100 or STL-10 as an ``ImageSource``.
 
     Args:
@@ -99,25 +94,60 @@ class TorchvisionSource:
         return int(self._labels[self._indices[index]])
 
 
-def _unreadable(
-    images: ImageFolder, check: str, num_threads: int, world_size: int
-) -> dict[int, str]:
+def image_location(cfg: Mapping[str, Any], key: str = "data.train_path") -> Location:
+    """Where the images of a config's ``data.train_path`` or ``data.val_path`` are.
+
+    Args:
+        cfg: config with ``data.source`` (``folder``), ``data.train_split``, ``data.val_split``,
+            ``data.image_key`` and ``data.label_key``; ``data.format=h5`` is ``data.source=h5``.
+        key: of the path.
+
+    Raises:
+        ValueError: the path is missing, the source is unknown or contradicts the format.
+    """
+    path = _get(cfg, key)
+    if path is None:
+        raise ValueError(f"{key} is missing: the folder or file of the training images")
+    source = check_source(_get(cfg, "data.source", "folder"))
+    if _choice(cfg, "data.format", (*FORMATS, H5), "image_folder") == H5:
+        if source not in ("folder", H5):
+            raise ValueError(
+                "data.format=h5 is short for data.source=h5 and contradicts "
+                f"data.source={source}: leave one out"
+            )
+        source = H5
+    split = _get(cfg, "data.train_split" if key == "data.train_path" else "data.val_split")
+    image, label = _get(cfg, "data.image_key"), _get(cfg, "data.label_key")
+    return Location(str(path), key, source, split, image, label)
+
+
+def _check_classes(cfg: Mapping[str, Any], classes: tuple[str, ...]) -> None:
+    dataset = _get(cfg, "data.dataset")
+    expected = {"imagenet": 1000, "imagenet100": 100}.get(str(dataset), len(classes))
+    if len(classes) != expected:
+        raise ValueError(
+            f"data.train_path={_get(cfg, 'data.train_path')}: the file has {len(classes)} classes, and "
+            f"data.dataset={dataset} has {expected}: set data.dataset=custom to train on those of the file"
+        )
+
+
+def _unreadable(images: Listing, check: str, num_threads: int, world_size: int) -> dict[int, str]:
     """Unreadable images; the processes that load together share the work."""
-    paths = [images.path(index) for index in range(len(images))]
     if world_size == 1 or not (dist.is_available() and dist.is_initialized()):
-        return find_unreadable(paths, check=check, num_threads=num_threads)
+        return find_unreadable(images, check=check, num_threads=num_threads)
     rank = dist.get_rank()
     mine = find_unreadable(
-        paths[rank::world_size], check=check, num_threads=num_threads, progress=rank == 0
+        images.subset(np.arange(rank, len(images), world_size)),
+        check=check,
+        num_threads=num_threads,
+        progress=rank == 0,
     )
     gathered: list[Any] = [None] * world_size
     dist.all_gather_object(gathered, {rank + world_size * i: p for i, p in mine.items()})
     return dict(sorted(item for found in gathered for item in found.items()))
 
 
-def _readable(
-    cfg: Mapping[str, Any], images: ImageFolder, key: str, world_size: int
-) -> ImageFolder:
+def _readable(cfg: Mapping[str, Any], images: Listing, key: str, world_size: int) -> Listing:
     check = str(_get(cfg, "data.check_images", "fast"))
     num_threads = 2 * max(1, int(_get(cfg, "data.num_workers", 4)))
     bad = _unreadable(images, check, num_threads, world_size)
@@ -129,61 +159,54 @@ def _readable(
     return readable
 
 
-def training_images(cfg: Mapping[str, Any], *, world_size: int = 1) -> ImageFolder:
+def _training_stream(
+    cfg: Mapping[str, Any], location: Location, rank: int, world_size: int
+) -> Source:
+    for name, unset in (("fraction", (None, -1, 1)), ("skip_unreadable", (None, False))):
+        if (value := _get(cfg, f"data.{name}")) not in unset:
+            raise ValueError(
+                f"data.{name}={value} needs a source that can seek, and data.source={location.source} is a "
+                "stream: data.source=hfds reads the same files by row"
+            )
+    check = str(_get(cfg, "data.check_images", "fast"))
+    labeled = not _get(cfg, "data.no_labels", False)
+    return same_on_all_ranks(
+        lambda: location.stream(labeled, check, rank, world_size), location.key, world_size
+    )
+
+
+def training_images(cfg: Mapping[str, Any], *, rank: int = 0, world_size: int = 1) -> Source:
     """List and check the images of ``data.train_path``.
 
     Args:
-        cfg: config with ``data.train_path`` and, if wanted, ``data.no_labels`` (default False),
-            ``data.fraction`` (-1: all), ``data.check_images`` (``fast``, ``full`` or ``none``),
+        cfg: config with the keys of :func:`image_location` and, if wanted, ``data.no_labels`` (default
+            False), ``data.fraction`` (-1: all), ``data.check_images`` (``fast``, ``full`` or ``none``),
             ``data.skip_unreadable`` (False) and ``data.num_workers``.
+        rank: this process.
         world_size: number of processes that call this together; they share the checking.
 
     Returns:
         The images to train on.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
+        FileNotFoundError: the folder or file does not exist.
         ValueError: no images, no classes, or a value out of range.
         RuntimeError: unreadable images that are not to be skipped; the message names them.
     """
-    root = _get(cfg, "data.train_path")
-    if root is None:
-        raise ValueError("data.train_path is missing: the folder of the training images")
+    location = image_location(cfg)
+    if location.source in STREAMS:
+        images = _training_stream(cfg, location, rank, world_size)
+    else:
 
-    def listed() -> ImageFolder:
-        images = list_images(root, labeled=not _get(cfg, "data.no_labels", False))
-        return images.subset(take_fraction(images.labels, _get(cfg, "data.fraction")))
+        def listed() -> Listing:
+            found = location.listed(not _get(cfg, "data.no_labels", False))
+            return found.subset(take_fraction(found.labels, _get(cfg, "data.fraction")))
 
-    images = same_on_all_ranks(listed, "data.train_path", world_size)
-    return _readable(cfg, images, "data.train_path", world_size)
-
-
-def _h5_source(
-    cfg: Mapping[str, Any],
-    key: str,
-    rank: int = 0,
-    world_size: int = 1,
-    fraction: float | None = None,
-) -> H5Source:
-    """The images of an HDF5 file, labelled by the training file's classes."""
-    path = _get(cfg, key)
-    if path is None:
-        raise ValueError(f"{key} is missing: the HDF5 file of the training images")
-    if _get(cfg, "data.no_labels", False):
-        raise ValueError(
-            "data.no_labels=True is for folders: the groups of an HDF5 file are classes"
-        )
-    dataset = _get(cfg, "data.dataset")
-    classes = h5_classes(_get(cfg, "data.train_path"))
-    expected = {"imagenet": 1000, "imagenet100": 100}.get(str(dataset), len(classes))
-    if len(classes) != expected:
-        raise ValueError(
-            f"data.train_path={_get(cfg, 'data.train_path')}: the file has {len(classes)} classes, and "
-            f"data.dataset={dataset} has {expected}: set data.dataset=custom to train on those of the file"
-        )
-    return H5Source(
-        path, classes=classes, rank=rank, world_size=world_size, fraction=fraction, key=key
-    )
+        agreed = same_on_all_ranks(listed, "data.train_path", world_size)
+        images = _readable(cfg, agreed, "data.train_path", world_size)
+    if location.source != "folder" and images.classes:
+        _check_classes(cfg, images.classes)
+    return images
 
 
 def pretrain_loader(
@@ -198,7 +221,7 @@ def pretrain_loader(
 
     Args:
         cfg: the run's config (plain containers or OmegaConf): ``data.dataset``, ``data.format``
-            (``image_folder``, ``dali`` or ``h5``), ``dali.device`` (``cpu`` or ``gpu``),
+            (``image_folder`` or ``dali``), ``dali.device`` (``cpu`` or ``gpu``),
             ``optimizer.batch_size``, ``augmentations``, ``seed`` and the keys of
             :func:`training_images`. ``dali.encode_indexes_into_labels`` needs no reading: indexes
             are always the true ones.
@@ -229,6 +252,11 @@ def pretrain_loader(
         return EpochPlan(num_samples, int(batch_size), seed, rank, world_size)
 
     if dataset in TORCHVISION_DATASETS:
+        if _get(cfg, "data.source", "folder") != "folder":
+            raise ValueError(
+                f"data.source={_get(cfg, 'data.source')} does not read data.dataset={dataset}: set "
+                "data.dataset=custom"
+            )
         if data_format != "image_folder":
             raise ValueError(
                 f"data.format={data_format} reads image folders only, set "
@@ -240,14 +268,9 @@ def pretrain_loader(
         )
         return PretrainLoader(source, recipe, plan(len(source)), num_workers=num_workers)
 
-    if data_format == H5:
-        source = _h5_source(cfg, "data.train_path", fraction=_get(cfg, "data.fraction"))
-        return PretrainLoader(source, recipe, plan(len(source)), num_workers=num_workers)
-    images = training_images(cfg, world_size=world_size)
-    if data_format == "image_folder":
-        return PretrainLoader(
-            FolderSource(images), recipe, plan(len(images)), num_workers=num_workers
-        )
+    images = training_images(cfg, rank=rank, world_size=world_size)
+    if data_format != "dali":
+        return PretrainLoader(images, recipe, plan(len(images)), num_workers=num_workers)
     from dinovmf_plugin.data.dali.loaders import DALILoader
 
     return DALILoader(
@@ -278,12 +301,12 @@ def validation_loader(
     """Build a loader of deterministic centre crops, for validation or feature extraction.
 
     Args:
-        cfg: as for :func:`pretrain_loader`; validation images are in ``data.val_path``, a labelled
-            folder. Its labels are those of the training folder's classes, some of which it may lack.
+        cfg: as for :func:`pretrain_loader`; validation images are in ``data.val_path``,
+            labelled. Its labels are those of the training set's classes, some of which it may lack.
         train: read ``data.train_path`` (all of it, in order) instead.
         transform: by default the size of the recipe's first crop after a resize to 256/224 of it
             (none for CIFAR and STL-10).
-        rank: this process; it takes every ``world_size``-th image of a folder (CIFAR and STL-10: all).
+        rank: this process; it takes every ``world_size``-th image (CIFAR and STL-10: all).
         world_size: number of processes that call this together.
         device_id: GPU of this process for ``dali.device=gpu``.
 
@@ -310,15 +333,14 @@ def validation_loader(
 
     if dataset in TORCHVISION_DATASETS:
         source: ImageSource = TorchvisionSource(dataset, root, train=train)
-    elif data_format == H5:
-        source = _h5_source(cfg, key, rank, world_size)
     else:
+        location = image_location(cfg, key)
         labeled = not (train and _get(cfg, "data.no_labels", False))
 
-        def listed() -> ImageFolder:
-            images = list_images(root, labeled=labeled, key=key)
+        def listed() -> Listing:
+            images = location.listed(labeled)
             if not train and not _get(cfg, "data.no_labels", False):
-                images = relabel(images, class_names(_get(cfg, "data.train_path")), key=key)
+                images = relabel(images, image_location(cfg).classes(), key=key)
             return images
 
         images = same_on_all_ranks(listed, key, world_size)
@@ -335,7 +357,7 @@ def validation_loader(
                 device_id=device_id,
                 num_threads=num_workers,
             )
-        source = FolderSource(images)
+        source = images
     return evaluation_loader(
         source, transform=transform, batch_size=batch_size, num_workers=num_workers
     )

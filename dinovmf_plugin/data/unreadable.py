@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dinovmf_plugin.data.decoding import UnreadableImageError, is_plain_jpeg, open_image
-from dinovmf_plugin.data.folders import ImageFolder
+from dinovmf_plugin.data.decoding import UnreadableImageError, is_plain_jpeg, to_rgb
+from dinovmf_plugin.data.source import Listing, Source
+
+T = TypeVar("T", bound=Listing)
 
 CHECKS = ("fast", "full", "none")
 _MAX_NAMED = 10
@@ -19,24 +24,27 @@ _CHUNK = 256
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 
 
-def _full(path: str) -> str | None:
+Opener = Callable[[], BinaryIO]
+
+
+def _full(opener: Opener) -> str | None:
     """Decode; of PNG also the checksums, which PIL passes over and other decoders do not."""
     try:
-        open_image(path)
-        with Image.open(path) as image:
-            if image.format == "PNG":
-                image.verify()
-    except UnreadableImageError as error:
-        return str(error.__cause__) or type(error.__cause__).__name__
-    except Exception as error:
+        with opener() as file:
+            data = file.read()
+        image: Image.Image = Image.open(io.BytesIO(data))
+        to_rgb(image)
+        if image.format == "PNG":
+            Image.open(io.BytesIO(data)).verify()
+    except Exception as error:  # damaged files raise more than PIL documents
         return str(error) or type(error).__name__
     return None
 
 
-def _fast(path: str) -> str | None:
+def _fast(opener: Opener) -> str | None:
     """Looks at start and end; decodes what looks wrong, so that no whole image is refused."""
     try:
-        with open(path, "rb") as file:
+        with opener() as file:
             if file.read(len(_JPEG_START)) == _JPEG_START:
                 # The end marker cannot occur inside the compressed data.
                 file.seek(-len(_JPEG_END), os.SEEK_END)
@@ -48,18 +56,27 @@ def _fast(path: str) -> str | None:
                 if image.format == "PNG":
                     image.verify()  # checksums of all chunks, no decoding
                     return None
-    except Exception as error:  # damaged files raise more than PIL documents
+    except Exception as error:
         return str(error) or type(error).__name__
-    return _full(path)
+    return _full(opener)
+
+
+def problem_of(images: Source, item: Any, check: str = "full") -> str | None:
+    """What is wrong with one image of a source, None if it can be read; see :func:`find_unreadable`."""
+    return (_fast if check == "fast" else _full)(partial(images.open, item))
 
 
 def find_unreadable(
-    paths: Sequence[str], *, check: str = "fast", num_threads: int = 8, progress: bool = True
+    images: Source | Sequence[str],
+    *,
+    check: str = "fast",
+    num_threads: int = 8,
+    progress: bool = True,
 ) -> dict[int, str]:
     """Find images that cannot be read.
 
     Args:
-        paths: files.
+        images: a source, or paths of files.
         check: ``fast`` reads the headers and the end of JPEG files and the checksums of PNG files,
             and decodes what looks wrong and all other formats; it finds truncated and non-image
             files. ``full`` decodes everything. ``none`` nothing.
@@ -81,18 +98,25 @@ def find_unreadable(
     if check == "none":
         return {}
     inspect = _fast if check == "fast" else _full
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+
+    def opener(index: int) -> Opener:
+        if isinstance(images, Source):
+            return partial(images.open, index)
+        return cast(Opener, partial(open, images[index], "rb"))
+
+    starts = range(0, len(images), _CHUNK)
+    chunks = [range(start, min(start + _CHUNK, len(images))) for start in starts]
     found: dict[int, str] = {}
     with (
         ThreadPoolExecutor(max(1, num_threads)) as pool,
         tqdm(
-            total=len(paths),
+            total=len(images),
             desc="checking images",
             unit="image",
-            disable=not progress or len(paths) <= 1000,
+            disable=not progress or len(images) <= 1000,
         ) as bar,
     ):
-        results = pool.map(lambda chunk: [inspect(path) for path in chunk], chunks)
+        results = pool.map(lambda chunk: [inspect(opener(i)) for i in chunk], chunks)
         for number, problems in enumerate(results):
             for position, problem in enumerate(problems):
                 if problem is not None:
@@ -102,19 +126,19 @@ def find_unreadable(
 
 
 def refuse_or_drop(
-    images: ImageFolder,
+    images: T,
     unreadable: Mapping[int, str],
     *,
     skip: bool = False,
     key: str = "data.train_path",
-) -> ImageFolder:
+) -> T:
     """Refuse unreadable images in one error, or leave them out.
 
     Args:
-        images: the images of a folder.
+        images: the images.
         unreadable: index -> what is wrong, from :func:`find_unreadable`.
         skip: leave them out (``data.skip_unreadable``) instead of raising.
-        key: config key of the folder, for messages.
+        key: config key of the images, for messages.
 
     Returns:
         The readable images.

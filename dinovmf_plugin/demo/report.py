@@ -126,12 +126,12 @@ def _neighbor_sheets(
     sheets = []
     for row, pick in enumerate(picks.tolist()):
         truth = int(query_labels[pick])
-        pictures = [thumbnail(val.path(pick), 96, caption=f"query: {val.classes[truth]}")]
+        pictures = [thumbnail(val.image(pick), 96, caption=f"query: {val.classes[truth]}")]
         for value, index in zip(values[row].tolist(), indices[row].tolist(), strict=True):
             label = int(labels[index])
             mark = "✓" if label == truth else "✗"
             caption = f"{mark} {train.classes[label]} {value:.4f}"  # nearly parallel features
-            pictures.append(thumbnail(train.path(index), 96, caption=caption))
+            pictures.append(thumbnail(train.image(index), 96, caption=caption))
         right = int((labels[indices[row]] == truth).sum())
         sheets.append(
             Sheet(f"Query {row + 1}", f"{right} of {k} neighbours of its class", pictures)

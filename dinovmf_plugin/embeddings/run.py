@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from dinovmf_plugin.data.loaders import errors_in_one_sentence
+from dinovmf_plugin.data.source import Listing
 from dinovmf_plugin.embeddings.scores import Embedder, Scored
 from dinovmf_plugin.embeddings.settings import EmbedSettings
 from dinovmf_plugin.embeddings.stores import Columns, Store, open_store
@@ -38,6 +39,7 @@ def _list(settings: EmbedSettings) -> ImageSet:
         labeled=False,
         check_images=settings.data.check_images,
         skip_unreadable=settings.data.skip_unreadable,
+        keys=settings.data,
     )
     paths = (images.path(index) for index in range(len(images)))
     shown = name_not_utf8(paths) if settings.format == "parquet" else None
@@ -50,14 +52,14 @@ def _list(settings: EmbedSettings) -> ImageSet:
 
 
 def _columns(batches: list[Scored], images: ImageSet, start: int) -> Columns:
-    assert images.folder is not None
+    assert isinstance(images.source, Listing)
     columns = {"features": np.concatenate([batch.features.numpy() for batch in batches])}
     scores = [batch.scores for batch in batches if batch.scores is not None]
     if scores:
         for name in ("component", "responsibility", "log_likelihood"):
             columns[name] = np.concatenate([getattr(part, name).numpy() for part in scores])
     stop = start + len(columns["features"])
-    return {**columns, "path": images.folder.names[start:stop]}
+    return {**columns, "path": images.source.names[start:stop]}
 
 
 def _name_of(images: ImageSet, start: int, row: int) -> str:

@@ -24,11 +24,19 @@ __all__ = ["DataSettings", "EmbedSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(CropSettings):
-    """The folder, and how it is read."""
+    """The images, and how they are read."""
 
-    path: Annotated[Path, Doc("a folder of images at any depth")]
+    path: Annotated[Path, Doc("a folder of images at any depth, or what data.source reads")]
     format: Annotated[str, OneOf(FORMATS), Doc("read by Pillow or DALI")] = "image_folder"
     check_images: CheckImages = "fast"
+
+    def check(self) -> None:
+        """Refuse the split of other images, and a crop that is larger than the resized image."""
+        super().check()
+        if self.val_split is not None:
+            raise ValueError(
+                f"val_split={self.val_split!r} is not used: the split of data.path is data.train_split"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

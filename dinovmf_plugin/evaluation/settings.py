@@ -78,11 +78,11 @@ class OneFeature(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(ReadingSettings):
-    """Image folders, and how they are read."""
+    """The images, and how they are read."""
 
-    train_path: Annotated[Path | None, Doc("a folder with one sub-folder of images per class")] = (
-        None
-    )
+    train_path: Annotated[
+        Path | None, Doc("a folder of class folders, or what data.source reads")
+    ] = None
     val_path: Annotated[Path | None, Doc("the same classes, or some of them")] = None
     format: Annotated[
         str, OneOf(FORMATS), Doc("Pillow or DALI, for every pass without augmentation")

@@ -43,6 +43,7 @@ class Images:
             classes=classes,
             check_images=self._data.check_images,
             skip_unreadable=self._data.skip_unreadable,
+            keys=self._data,
         )
 
     @cached_property

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +18,10 @@ from torch.utils.data import Dataset
 from dinovmf_plugin.data.channels import IMAGENET
 from dinovmf_plugin.data.decoding import to_rgb
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
-from dinovmf_plugin.data.folders import ImageFolder, list_images, relabel, take_fraction
-from dinovmf_plugin.data.loaders import FolderSource, ImageSource
+from dinovmf_plugin.data.folders import take_fraction
+from dinovmf_plugin.data.source import ImageSource, Listing, relabel
 from dinovmf_plugin.data.unreadable import find_unreadable, refuse_or_drop
+from dinovmf_plugin.runs.sources import SourceKeys
 
 __all__ = [
     "DatasetSource",
@@ -35,7 +35,7 @@ __all__ = [
 FORMATS = ("image_folder", "dali")
 
 
-class DatasetSource:
+class DatasetSource(ImageSource):
     """A data set of ``(PIL image, label)``, such as torchvision's, as an ``ImageSource``."""
 
     def __init__(self, images: Dataset[Any], labels: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ class DatasetSource:
         return int(self.labels[index])
 
 
-class _SubsetSource:
+class _SubsetSource(ImageSource):
     def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
 
@@ -77,7 +77,6 @@ class ImageSet:
         labels: ``(N,)`` int64, those of ``source``.
         classes: names; a label is an index into them.
         digest: hash of the listing: names, sizes and times of change of the files, and labels.
-        folder: the listing where the images are files of a folder, which DALI needs.
     """
 
     name: str
@@ -85,24 +84,25 @@ class ImageSet:
     labels: Tensor
     classes: tuple[str, ...]
     digest: str
-    folder: ImageFolder | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def describe_image(self, index: int) -> str:
         """The file of an image, or its number where it is none, for messages."""
-        return self.folder.path(index) if self.folder else f"image {index} of {self.name}"
+        if isinstance(self.source, Listing):
+            return self.source.path(index)
+        return f"image {index} of {self.name}"
 
     def path(self, index: int) -> str:
-        """The file of an image.
+        """The file of an image; inside an archive, the path goes on there.
 
         Raises:
-            ValueError: if the images are no files of a folder.
+            ValueError: if the images are no files.
         """
-        if self.folder is None:
-            raise ValueError(f"{self.name}: the images are no files of a folder")
-        return self.folder.path(index)
+        if not isinstance(self.source, Listing):
+            raise ValueError(f"{self.name}: the images are no files")
+        return self.source.path(index)
 
     def class_of(self, index: int) -> str:
         """Class name of an image, empty without labels."""
@@ -112,11 +112,12 @@ class ImageSet:
         """The images at ``indices``, in that order."""
         chosen = [int(i) for i in indices]
         digest = hashlib.sha256(f"{self.digest} {chosen}".encode()).hexdigest()
-        folder = self.folder.subset(np.array(chosen, dtype=np.int64)) if self.folder else None
-        source = FolderSource(folder) if folder else _SubsetSource(self.source, chosen)
-        return ImageSet(
-            name or self.name, source, self.labels[chosen], self.classes, digest, folder
-        )
+        source: ImageSource
+        if isinstance(self.source, Listing):
+            source = self.source.subset(np.array(chosen, dtype=np.int64))
+        else:
+            source = _SubsetSource(self.source, chosen)
+        return ImageSet(name or self.name, source, self.labels[chosen], self.classes, digest)
 
 
 def image_folder(
@@ -128,55 +129,50 @@ def image_folder(
     fraction: float | None = None,
     check_images: str = "fast",
     skip_unreadable: bool = False,
+    keys: SourceKeys | None = None,
 ) -> ImageSet:
-    """List a folder of images, by default with one sub-folder per class.
+    """List images, by default those of a folder with one sub-folder per class.
 
     Args:
-        path: the folder.
+        path: the folder, or what ``keys.source`` reads.
         key: config key for messages, such as ``data.train_path``.
-        labeled: whether sub-folders are classes; ``auto``: if there are any. Without, labels are -1.
+        labeled: whether to read labels; ``auto``: if there are any. Without, labels are -1.
         fraction: share of the images to take, the same of every class; None or -1 for all.
         classes: class names that define the labels, those of the training set; by default the
             folder's own. The folder may lack some of them.
         check_images: ``fast``, ``full`` or ``none``, see ``data.unreadable.find_unreadable``.
         skip_unreadable: leave unreadable images out instead of refusing them.
+        keys: the source; by default a folder.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if there is no such folder or file.
         ValueError: if it holds no images, no class folder, an empty class, a class that is not in
             ``classes``, or an unreadable image.
     """
     if not path:
         raise ValueError(f"{key}={path!r} must be set to a folder with one sub-folder per class")
-    if labeled == "auto":
-        if not Path(path).is_dir():
-            raise FileNotFoundError(f"{key}={path!r} is not a folder")
-        entries = Path(path).iterdir()
-        labeled = any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
-    folder = list_images(path, labeled=labeled, key=key)
-    if classes and folder.classes:
-        folder = relabel(folder, classes, key=key)
+    location = (keys or SourceKeys()).location(str(path), key)
+    found = location.listed(labeled)
+    if classes and found.classes:
+        found = relabel(found, classes, key=key)
     if fraction is not None:
-        folder = folder.subset(take_fraction(folder.labels, fraction))
-    paths = [folder.path(i) for i in range(len(folder))]
-    unreadable = find_unreadable(paths, check=check_images)
+        found = found.subset(take_fraction(found.labels, fraction))
+    unreadable = find_unreadable(found, check=check_images)
     try:
-        folder = refuse_or_drop(folder, unreadable, skip=skip_unreadable, key=key)
+        found = refuse_or_drop(found, unreadable, skip=skip_unreadable, key=key)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if unreadable:
         warnings.warn(f"{key}: {len(unreadable)} unreadable images are left out", stacklevel=2)
     digest = hashlib.sha256()
-    for i, (name, label) in enumerate(zip(folder.names, folder.labels, strict=True)):
-        stat = os.stat(folder.path(i))
-        digest.update(bytes(name) + f"\t{stat.st_size}\t{stat.st_mtime_ns}\t{label}\n".encode())
+    for stamp in found.stamps():
+        digest.update(stamp)
     return ImageSet(
         name=key.split(".")[-1].removesuffix("_path"),
-        source=FolderSource(folder),
-        labels=torch.from_numpy(folder.labels),
-        classes=folder.classes,
+        source=found,
+        labels=torch.from_numpy(found.labels),
+        classes=found.classes,
         digest=digest.hexdigest(),
-        folder=folder,
     )
 
 
@@ -216,7 +212,7 @@ def loader_for(
 
     Raises:
         ValueError: if a number makes no sense, the format is unknown, or DALI is asked for images
-            that are no files of a folder.
+            that are no files.
     """
     if batch_size < 1 or num_workers < 0:
         raise ValueError(
@@ -230,13 +226,13 @@ def loader_for(
         return evaluation_loader(
             images.source, transform=transform, batch_size=batch_size, num_workers=workers
         )
-    if images.folder is None:
-        raise ValueError(f"data.format=dali reads image folders only, not {images.name}")
+    if not isinstance(images.source, Listing):
+        raise ValueError(f"data.format=dali reads image files only, not {images.name}")
     from dinovmf_plugin.data.dali.loaders import DALIEvaluationLoader
 
     device = torch.device(device)
     return DALIEvaluationLoader(
-        images.folder,
+        images.source,
         transform=transform,
         batch_size=batch_size,
         device="gpu" if device.type == "cuda" else "cpu",

@@ -14,6 +14,7 @@ from dinovmf_plugin.data.recipe import INTERPOLATIONS
 from dinovmf_plugin.data.unreadable import CHECKS
 from dinovmf_plugin.runs.bounds import Count, OneOf, Path, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings
+from dinovmf_plugin.runs.sources import SourceKeys
 
 __all__ = [
     "PRECISIONS",
@@ -76,7 +77,7 @@ class NetworkSource(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingSettings(Settings):
+class ReadingSettings(SourceKeys):
     """How images are read."""
 
     batch_size: Annotated[Count, Doc("images per forward pass")] = 64

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin.data.folders import class_names
-from dinovmf_plugin.data.h5 import h5_classes
+from dinovmf_plugin.data.module import image_location
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.training.keys import check_keys
 from dinovmf_plugin.training.recipe import default_of
@@ -40,6 +40,7 @@ _DEFAULTS: dict[str, Any] = {
             "resume_from_checkpoint",
             "debug_augmentations",
             "data.val_path",
+            "data.source",
             "data.format",
             "data.no_labels",
             "data.fraction",
@@ -100,8 +101,9 @@ def _count_classes(cfg: DictConfig) -> int:
         return NUM_CLASSES[cfg.data.dataset]
     if cfg.data.no_labels:
         return 1
-    if cfg.data.format == "h5":
-        return len(h5_classes(cfg.data.train_path))
+    location = image_location(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    if location.source != "folder":
+        return max(1, len(location.classes()))
     root = Path(cfg.data.train_path)
     if not root.is_dir():
         raise FileNotFoundError(

@@ -14,6 +14,7 @@ from annotated_types import Ge, Le, MinLen
 
 from dinovmf_plugin.runs.bounds import Count, Path, Ratio, Seed, Share, Weight, Whole
 from dinovmf_plugin.runs.settings import Doc, Settings, settings_of
+from dinovmf_plugin.runs.sources import SourceKeys
 
 __all__ = ["RECIPE", "default_of"]
 
@@ -61,18 +62,18 @@ class BackboneArguments(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataKeys(Settings):
+class DataKeys(SourceKeys):
     """The images; the last three are counted, not given."""
 
     dataset: Annotated[Text, Doc("custom, imagenet, imagenet100 ...")]
     train_path: Annotated[
-        Path, Doc("a folder of class folders, of images with no_labels, or a file (h5)")
+        Path, Doc("a folder of class folders, of images with no_labels, or what data.source reads")
     ]
     val_path: Annotated[Path | None, Doc("held-out images of the same classes")] = None
-    format: Annotated[Text, Doc("image_folder (Pillow), dali, or h5: one file of image files")] = (
+    format: Annotated[Text, Doc("image_folder (Pillow) or dali; h5: Pillow and source=h5")] = (
         "image_folder"
     )
-    no_labels: Annotated[bool, Doc("the folders are no classes")] = False
+    no_labels: Annotated[bool, Doc("leave labels alone; the folders are no classes")] = False
     fraction: Annotated[float, Ge(-1), Le(1), Doc("share of the images; -1: all")] = -1
     num_workers: Annotated[Whole, Doc("processes (DALI: threads) that read images")] = 4
     check_images: Annotated[Text, Doc("fast, full or none: look for unreadable images")] = "fast"

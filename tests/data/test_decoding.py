@@ -16,7 +16,6 @@ from PIL import Image
 from dinovmf_plugin.data.decoding import UnreadableImageError, decodable, open_image, to_rgb
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.data.loaders import FolderSource
 from dinovmf_plugin.data.unreadable import find_unreadable
 
 SIDE = 32
@@ -198,9 +197,7 @@ def _check_dali(root: Path, device: str, tolerance: float) -> None:
     images = list_images(root)
     assert not find_unreadable([images.path(i) for i in range(len(images))])
     crop = CenterCrop(SIDE, SIDE, "bilinear", *RAW)
-    (mine,) = evaluation_loader(
-        FolderSource(images), transform=crop, batch_size=len(images), num_workers=0
-    )
+    (mine,) = evaluation_loader(images, transform=crop, batch_size=len(images), num_workers=0)
     loader = dali.DALIEvaluationLoader(
         images, transform=crop, batch_size=len(images), device=device
     )

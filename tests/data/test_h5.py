@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from dinovmf_plugin.data.decoding import UnreadableImageError
-from dinovmf_plugin.data.h5 import H5Source
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
+from dinovmf_plugin.data.sources.h5 import list_h5
 
 h5py = pytest.importorskip("h5py")
 
@@ -87,8 +87,10 @@ def test_fraction__of_every_class(data_cfg, paths):
 def test_damaged_image__named(tmp_path):
     with h5py.File(tmp_path / "x.h5", "w") as h5:
         h5.create_group("a").create_dataset("broken.jpg", data=np.zeros(9, dtype="uint8"))
-    source = H5Source(tmp_path / "x.h5")
-    with pytest.raises(UnreadableImageError, match=r"cannot read the image 'a/broken\.jpg' of .*x"):
+    source = list_h5(tmp_path / "x.h5")
+    with pytest.raises(
+        UnreadableImageError, match=r"cannot read the image '.*x\.h5/a/broken\.jpg'"
+    ):
         source.image(0)
     assert len(pickle.loads(pickle.dumps(source))) == 1  # with its file open
 
@@ -99,7 +101,7 @@ def test_damaged_image__named(tmp_path):
         ({"data__train_path": "/nowhere.h5"}, FileNotFoundError, "'/nowhere.h5' does not exist"),
         ({"data__train_path": "/"}, FileNotFoundError, "'/' is a folder, not an HDF5 file"),
         ({"data__train_path": __file__}, ValueError, "is no HDF5 file"),
-        ({"data__no_labels": True}, ValueError, "data.no_labels=True is for folders"),
+        ({"data__source": "tar"}, ValueError, "contradicts data.source=tar: leave one out"),
         ({"data__dataset": "imagenet100"}, ValueError, "3 classes, and .*imagenet100 has 100: set"),
         ({"data__dataset": "cifar10"}, ValueError, "data.format=h5 reads image folders only"),
     ],

@@ -9,7 +9,7 @@ import torch
 from dinovmf_plugin.data.decoding import UnreadableImageError
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.data.loaders import FolderSource, PretrainLoader
+from dinovmf_plugin.data.loaders import PretrainLoader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan
 
@@ -17,7 +17,7 @@ from dinovmf_plugin.data.sampling import EpochPlan
 @pytest.fixture
 def make_loader(folder: Path, multicrop: list[dict[str, Any]]) -> Any:
     def make(num_workers: int = 0, **plan: Any) -> PretrainLoader:
-        source = FolderSource(list_images(folder))
+        source = list_images(folder)
         epochs = EpochPlan(**{"num_samples": len(source), "batch_size": 4, "seed": 1, **plan})
         return PretrainLoader(source, parse_recipe(multicrop), epochs, num_workers=num_workers)
 
@@ -97,7 +97,7 @@ def test_unreadable_image_is_named_while_training(
     root = picture_folder(tmp_path, 4)
     bad = root / "cat" / "001.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
-    source = FolderSource(list_images(root))
+    source = list_images(root)
     recipe = parse_recipe([{"crop_size": 8, "num_crops": 1, "rrc": {"enabled": False}}])
     loader = PretrainLoader(source, recipe, EpochPlan(4, 4), num_workers=1)
     with pytest.raises(UnreadableImageError, match=r"^cannot read the image '.*cat/001\.jpg'"):
@@ -107,9 +107,7 @@ def test_unreadable_image_is_named_while_training(
 def test_evaluation_loader__every_image_in_order(folder: Path) -> None:
     images = list_images(folder)
     batches = list(
-        evaluation_loader(
-            FolderSource(images), transform=CenterCrop(40, 32), batch_size=8, num_workers=0
-        )
+        evaluation_loader(images, transform=CenterCrop(40, 32), batch_size=8, num_workers=0)
     )
     assert [tuple(b.shape) for b, _ in batches] == [(8, 3, 32, 32), (8, 3, 32, 32), (6, 3, 32, 32)]
     assert torch.cat([t for _, t in batches]).tolist() == images.labels.tolist()
@@ -150,8 +148,7 @@ def count(folder, module):
     importlib.import_module(module)
     from dinovmf_plugin.data.evaluation_loaders import evaluation_loader
     from dinovmf_plugin.data.folders import list_images
-    from dinovmf_plugin.data.loaders import FolderSource
-    loader = evaluation_loader(FolderSource(list_images(folder)), num_workers=1)
+    loader = evaluation_loader(list_images(folder), num_workers=1)
     return sum(len(images) for images, _ in loader)
 
 print(*Parallel(n_jobs=2)(delayed(count)(sys.argv[1], module) for module in sys.argv[2:]))

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinovmf_plugin.data.decoding import open_image
 from dinovmf_plugin.data.folders import list_images
 from dinovmf_plugin.data.unreadable import (
     UnreadableImageError,
     find_unreadable,
-    open_image,
     refuse_or_drop,
 )
 

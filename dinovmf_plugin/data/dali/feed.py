@@ -8,7 +8,7 @@ operators keep a state that cannot be set.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dinovmf_plugin.data.dali.color import color_matrices
-from dinovmf_plugin.data.decoding import decodable
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.data.folders import ImageFolder
 from dinovmf_plugin.data.parameters import UNIFORMS_PER_CROP, draw_parameters
 from dinovmf_plugin.data.recipe import Crop, Recipe
 from dinovmf_plugin.data.sampling import sample_uniforms
+from dinovmf_plugin.data.source import Source
 
-Indices = npt.NDArray[np.int64]
+Items = Sequence[Any]
+"""What a source knows the images of a batch by."""
 
 
 @dataclass(frozen=True)
@@ -32,57 +32,56 @@ class EncodedBatch:
     """Encoded images of a batch.
 
     Attributes:
-        indices: ``(B,)`` int64.
+        items: B items of the source.
+        indices: their numbers, ``(B,)`` int64.
         encoded: B uint8 arrays, the files, see ``decoding.decodable``.
         heights: ``(B,)`` int64 pixels, from the headers.
         widths: ``(B,)`` int64 pixels.
     """
 
-    indices: Indices
+    items: Items
+    indices: npt.NDArray[np.int64]
     encoded: list[npt.NDArray[np.uint8]]
     heights: npt.NDArray[np.int64]
     widths: npt.NDArray[np.int64]
-
-
-def _read(path: str) -> tuple[npt.NDArray[np.uint8], int, int]:
-    data, height, width = decodable(path)
-    return np.frombuffer(data, dtype=np.uint8), height, width
 
 
 class EncodedReader:
     """Reads the files of batches in threads, some batches ahead.
 
     Args:
-        images: the folder.
+        images: the source.
         num_threads: threads.
         ahead: batches that are read before they are asked for.
     """
 
-    def __init__(self, images: ImageFolder, *, num_threads: int, ahead: int = 2) -> None:
+    def __init__(self, images: Source, *, num_threads: int, ahead: int = 2) -> None:
         self.images = images
         self.ahead = ahead
         self._pool = ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="image-reader")
 
-    def batches(self, order: Iterator[Indices]) -> Iterator[EncodedBatch]:
+    def _read(self, item: Any) -> tuple[npt.NDArray[np.uint8], int, int]:
+        data, height, width = self.images.encoded(item)
+        return np.frombuffer(data, dtype=np.uint8), height, width
+
+    def batches(self, order: Iterator[Items]) -> Iterator[EncodedBatch]:
         """Yield the batches of an epoch.
 
         Raises:
             RuntimeError: a file cannot be read; the message names it.
         """
-        waiting: deque[tuple[Indices, list[Future[Any]]]] = deque()
-        for indices in order:
-            waiting.append(
-                (indices, [self._pool.submit(_read, self.images.path(i)) for i in indices])
-            )
+        waiting: deque[tuple[Items, list[Future[Any]]]] = deque()
+        for items in order:
+            waiting.append((items, [self._pool.submit(self._read, item) for item in items]))
             if len(waiting) > self.ahead:
                 yield self._collect(*waiting.popleft())
         while waiting:
             yield self._collect(*waiting.popleft())
 
-    @staticmethod
-    def _collect(indices: Indices, files: list[Future[Any]]) -> EncodedBatch:
+    def _collect(self, items: Items, files: list[Future[Any]]) -> EncodedBatch:
         data, heights, widths = zip(*(file.result() for file in files), strict=True)
-        return EncodedBatch(indices, list(data), np.array(heights), np.array(widths))
+        indices = np.array([self.images.index(item) for item in items], dtype=np.int64)
+        return EncodedBatch(items, indices, list(data), np.array(heights), np.array(widths))
 
 
 Inputs = tuple[Any, ...]
@@ -187,12 +186,12 @@ class Feed:
         self._inputs = inputs
         self._reader = reader
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="crop-parameters")
-        self._prepared: Iterator[tuple[Indices, Inputs]] = iter(())
-        self.in_flight: deque[Indices] = deque()
-        """Indices of the batches handed to DALI and not yet returned by it, oldest first."""
+        self._prepared: Iterator[tuple[Items, Inputs]] = iter(())
+        self.in_flight: deque[Items] = deque()
+        """Items of the batches handed to DALI and not yet returned by it, oldest first."""
 
-    def start(self, order: Iterator[Indices], epoch: int) -> None:
-        """Begins an epoch with the given batches of indices."""
+    def start(self, order: Iterator[Items], epoch: int) -> None:
+        """Begins an epoch with the given batches of items."""
         self._prepared = self._prepare(order, epoch)
         self.in_flight.clear()
 
@@ -200,13 +199,13 @@ class Feed:
         """End the epoch early: the next call raises StopIteration."""
         self._prepared = iter(())
 
-    def _prepare(self, order: Iterator[Indices], epoch: int) -> Iterator[tuple[Indices, Inputs]]:
-        """Yield indices and inputs of each batch, made in a thread one batch ahead."""
+    def _prepare(self, order: Iterator[Items], epoch: int) -> Iterator[tuple[Items, Inputs]]:
+        """Yield items and inputs of each batch, made in a thread one batch ahead."""
         batches = self._reader.batches(order)
 
-        def following() -> tuple[Indices, Inputs] | None:
+        def following() -> tuple[Items, Inputs] | None:
             batch = next(batches, None)
-            return None if batch is None else (batch.indices, self._inputs(batch, epoch))
+            return None if batch is None else (batch.items, self._inputs(batch, epoch))
 
         future = self._pool.submit(following)
         while (prepared := future.result()) is not None:
@@ -215,6 +214,6 @@ class Feed:
 
     def __call__(self) -> Inputs:
         """Inputs of the next batch."""
-        indices, inputs = next(self._prepared)
-        self.in_flight.append(indices)
+        items, inputs = next(self._prepared)
+        self.in_flight.append(items)
         return inputs

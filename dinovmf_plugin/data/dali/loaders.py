@@ -11,17 +11,17 @@ import torch
 from dinovmf_plugin.data.dali.feed import (
     EncodedReader,
     Feed,
-    Indices,
     Inputs,
+    Items,
     center_inputs,
     crop_inputs,
 )
-from dinovmf_plugin.data.decoding import UnreadableImageError, decodable
+from dinovmf_plugin.data.decoding import UnreadableImageError
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
-from dinovmf_plugin.data.folders import ImageFolder
 from dinovmf_plugin.data.recipe import Recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
-from dinovmf_plugin.data.unreadable import find_unreadable
+from dinovmf_plugin.data.source import Listing, Source
+from dinovmf_plugin.data.unreadable import problem_of
 
 try:
     from dinovmf_plugin.data.dali.pipeline import (
@@ -55,7 +55,7 @@ class _Runner:
 
     def __init__(
         self,
-        images: ImageFolder,
+        images: Source,
         inputs: Callable[[Any, int], Inputs],
         build: Callable[..., Any],
         *,
@@ -77,10 +77,8 @@ class _Runner:
         )
         self._pipeline.build()
 
-    def run(
-        self, order: Iterator[Indices], epoch: int
-    ) -> Iterator[tuple[Indices, list[torch.Tensor]]]:
-        """Yield indices and outputs of each batch."""
+    def run(self, order: Iterator[Items], epoch: int) -> Iterator[tuple[Items, list[torch.Tensor]]]:
+        """Yield items and outputs of each batch."""
         self._drain()
         self._feed.start(order, epoch)
         self._running = True
@@ -106,21 +104,21 @@ class _Runner:
         """The error, with the name of the file that caused it where there is one."""
         if isinstance(error, UnreadableImageError):
             return error
-        paths = [self.images.path(i) for indices in self._feed.in_flight for i in indices]
-        bad = find_unreadable(paths, check="full", progress=False)
+        items = [item for batch in self._feed.in_flight for item in batch]
+        bad = {item: problem for item in items if (problem := problem_of(self.images, item))}
         if not bad:  # whole for PIL: ask DALI itself, file by file
-            bad = {
-                i: "DALI cannot decode it" for i, path in enumerate(paths) if self._refuses(path)
-            }
+            bad = {item: "DALI cannot decode it" for item in items if self._refuses(item)}
         if not bad:
             return error
-        names = "; ".join(f"{paths[i]!r} ({problem})" for i, problem in list(bad.items())[:10])
+        names = "; ".join(
+            f"{self.images.path(item)!r} ({problem})" for item, problem in list(bad.items())[:10]
+        )
         return UnreadableImageError(
             f"cannot read the image {names}: repair or remove it, or set data.skip_unreadable=True"
         )
 
-    def _refuses(self, path: str) -> bool:
-        encoded = [np.frombuffer(decodable(path)[0], dtype=np.uint8)]
+    def _refuses(self, item: Any) -> bool:
+        encoded = [np.frombuffer(self.images.encoded(item)[0], dtype=np.uint8)]
         device = "cpu" if self.device_id is None else "gpu"
         pipeline = decoding_pipeline(lambda: encoded, device=device, device_id=self.device_id)
         try:
@@ -156,7 +154,7 @@ class DALILoader(ResumableLoader):
     the true ones.
 
     Args:
-        images: the folder.
+        images: where they come from.
         recipe: the crops.
         plan: batches of this rank.
         device: ``cpu`` (works without CUDA) or ``gpu``.
@@ -175,7 +173,7 @@ class DALILoader(ResumableLoader):
 
     def __init__(
         self,
-        images: ImageFolder,
+        images: Source,
         recipe: Recipe,
         plan: EpochPlan,
         *,
@@ -198,9 +196,10 @@ class DALILoader(ResumableLoader):
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[Any]]:
         device = self._runner.device
-        for indices, crops in self._runner.run(iter(self.plan.indices(epoch)[start:]), epoch):
-            indexes = torch.from_numpy(indices.copy()).to(device)
-            targets = torch.from_numpy(self._images.labels[indices]).to(device)
+        order = self._images.batches(self.plan, epoch, start)
+        for items, crops in self._runner.run(order, epoch):
+            indexes = torch.tensor([self._images.index(item) for item in items], device=device)
+            targets = torch.tensor([self._images.label(item) for item in items], device=device)
             yield [indexes, crops, targets]
 
 
@@ -211,7 +210,7 @@ class DALIEvaluationLoader:
     as it is.
 
     Args:
-        images: the folder.
+        images: where they come from.
         transform: by default Resize 256 bicubic, centre crop 224, ImageNet statistics.
         batch_size: images per batch.
         device: ``cpu`` or ``gpu``.
@@ -221,7 +220,7 @@ class DALIEvaluationLoader:
 
     def __init__(
         self,
-        images: ImageFolder,
+        images: Listing,
         *,
         transform: CenterCrop | None = None,
         batch_size: int = 64,
@@ -248,9 +247,10 @@ class DALIEvaluationLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches in order."""
-        indices = np.arange(len(self._images))
+        indices = range(len(self._images))
         order = (
             indices[i : i + self._batch_size] for i in range(0, len(indices), self._batch_size)
         )
         for batch, (images,) in self._runner.run(order, 0):
-            yield images, torch.from_numpy(self._images.labels[batch]).to(self._runner.device)
+            labels = self._images.labels[list(batch)]
+            yield images, torch.from_numpy(labels).to(self._runner.device)

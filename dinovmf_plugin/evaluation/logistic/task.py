@@ -43,12 +43,10 @@ def _few_shot_splits(
     settings: FewShotSettings, train: ImageSet, seed: int
 ) -> dict[str, list[np.ndarray[Any, Any]]]:
     if settings.split_dir is not None:
-        if train.folder is None:
-            raise ValueError("few_shot.split_dir needs images in a folder")
         files = msn_split_files(
             settings.split_dir, settings.counts, settings.fraction, settings.num_splits
         )
-        return match_listed(files, [train.folder.path(i) for i in range(len(train))])
+        return match_listed(files, [train.path(i) for i in range(len(train))])
     smallest = int(train.labels.bincount().min())
     counts = [n for n in settings.counts if n <= smallest]
     if not counts and settings.fraction is None:

@@ -12,7 +12,7 @@ from dinovmf_plugin.data.dali.loaders import DALIEvaluationLoader, DALILoader
 from dinovmf_plugin.data.decoding import UnreadableImageError
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.data.loaders import FolderSource, PretrainLoader
+from dinovmf_plugin.data.loaders import PretrainLoader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan
 
@@ -56,7 +56,7 @@ def test_indexes_are_true__the_crops_are_those_of_the_image(make_loader: Any, fo
     """torchvision's loader of the same seed made the same crops of the same images."""
     images = list_images(folder)
     loader = make_loader()
-    other = PretrainLoader(FolderSource(images), loader.recipe, loader.plan, num_workers=0)
+    other = PretrainLoader(images, loader.recipe, loader.plan, num_workers=0)
     for _ in range(2):
         for mine, theirs in zip(loader, other, strict=True):
             assert torch.equal(mine[0], theirs[0])
@@ -156,7 +156,7 @@ def test_exif_orientation_is_left_alone_as_in_torchvision(tmp_path: Path, pictur
     image.save(tmp_path / "c" / "turned.jpg", exif=exif, quality=95)
     images, transform = list_images(tmp_path), CenterCrop(32, 32)
     ((mine, _),) = DALIEvaluationLoader(images, transform=transform, batch_size=1, device="cpu")
-    theirs = transform(FolderSource(images).image(0))
+    theirs = transform(images.image(0))
     assert (mine[0] - theirs).abs().max() < 0.05
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("nvidia.dali", reason="needs nvidia-dali")
 from dinovmf_plugin.data.dali.loaders import DALIEvaluationLoader, DALILoader
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.folders import list_images
-from dinovmf_plugin.data.loaders import FolderSource, PretrainLoader
+from dinovmf_plugin.data.loaders import PretrainLoader
 from dinovmf_plugin.data.recipe import parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan
 
@@ -33,7 +33,7 @@ def crops_of(
     if backend == "dali":
         loader: Any = DALILoader(images, recipe, plan, device="cpu", num_threads=1)
     else:
-        loader = PretrainLoader(FolderSource(images), recipe, plan, num_workers=0)
+        loader = PretrainLoader(images, recipe, plan, num_workers=0)
     batches = [crops for _ in range(epochs) for _, crops, _ in loader]
     return [
         torch.cat([crops[n] for crops in batches]) * STD * 255 + MEAN * 255
@@ -166,9 +166,7 @@ def test_center_crop__torchvisions_pixels(folder: Path) -> None:
     ours = list(
         DALIEvaluationLoader(images, transform=transform, batch_size=8, device="cpu", num_threads=1)
     )
-    reference = list(
-        evaluation_loader(FolderSource(images), transform=transform, batch_size=8, num_workers=0)
-    )
+    reference = list(evaluation_loader(images, transform=transform, batch_size=8, num_workers=0))
     assert [len(batch) for batch, _ in ours] == [8, 8, 6]
     for (mine, labels), (theirs, other) in zip(ours, reference, strict=True):
         assert torch.equal(labels, other)
