@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from PIL import Image
 
 from dinovmf_plugin.data.agreement import same_on_all_ranks
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
@@ -19,6 +17,7 @@ from dinovmf_plugin.data.recipe import Recipe, parse_recipe
 from dinovmf_plugin.data.sampling import EpochPlan, ResumableLoader
 from dinovmf_plugin.data.source import ImageSource, Listing, Source, relabel
 from dinovmf_plugin.data.sources import STREAMS, Location, check_source
+from dinovmf_plugin.data.torchvision_sets import TorchvisionSource
 from dinovmf_plugin.data.unreadable import find_unreadable, refuse_or_drop
 
 FOLDER_DATASETS = ("imagenet", "imagenet100", "custom")
@@ -45,53 +44,6 @@ def _choice(
     if value not in known:
         raise ValueError(f"{key} must be one of {known}, got {value!r}")
     return str(value)
-
-
-class TorchvisionSource(ImageSource):
-    """CIFAR-10, CIFAR-100 or STL-10 as an ``ImageSource``.
-
-    Args:
-        name: ``cifar10``, ``cifar100`` or ``stl10``.
-        root: folder with the data set as torchvision unpacks it; nothing is downloaded.
-        train: training part (STL-10: with its unlabelled images) or test part.
-        fraction: share of the images, see :func:`dinovmf_plugin.data.folders.take_fraction`.
-
-    Raises:
-        FileNotFoundError: the data set is not there.
-    """
-
-    def __init__(
-        self, name: str, root: str | Path, *, train: bool = True, fraction: float | None = None
-    ) -> None:
-        from torchvision import datasets
-
-        try:
-            if name == "stl10":
-                split = "train+unlabeled" if train else "test"
-                self._dataset: Any = datasets.STL10(str(root), split=split, download=False)
-                labels = self._dataset.labels
-            else:
-                kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-                self._dataset = kind(str(root), train=train, download=False)
-                labels = self._dataset.targets
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"data.dataset={name}: the data set is not in {str(root)!r}. Download it once with "
-                f"torchvision.datasets.{name.upper()}({str(root)!r}, download=True)"
-            ) from error
-        self._labels = np.asarray(labels, dtype=np.int64)
-        self._indices = take_fraction(self._labels, fraction)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def image(self, index: int) -> Image.Image:
-        """Image ``index``, RGB."""
-        return self._dataset[self._indices[index]][0]
-
-    def label(self, index: int) -> int:
-        """Its class; -1 for STL-10's unlabelled images."""
-        return int(self._labels[self._indices[index]])
 
 
 def image_location(cfg: Mapping[str, Any], key: str = "data.train_path") -> Location:

@@ -22,7 +22,7 @@ from dinovmf_plugin.data.decoding import UnreadableImageError
 from dinovmf_plugin.data.folders import list_images
 from dinovmf_plugin.data.module import pretrain_loader, validation_loader
 from dinovmf_plugin.data.sources import SOURCES, STREAMS, Location
-from dinovmf_plugin.data.sources.hf import list_stream
+from dinovmf_plugin.data.sources.stream import list_stream
 from dinovmf_plugin.data.sources.tar import list_shards, list_tar
 from dinovmf_plugin.data.unreadable import find_unreadable
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from dinovmf_plugin.data.folders import class_names, list_images
 from dinovmf_plugin.data.source import Listing
 from dinovmf_plugin.data.sources.h5 import list_h5
-from dinovmf_plugin.data.sources.hf import HubStream, list_hub, list_stream, stream_classes
+from dinovmf_plugin.data.sources.hf import list_hub
 from dinovmf_plugin.data.sources.labels import NoLabelsError
+from dinovmf_plugin.data.sources.stream import HubStream, list_stream, stream_classes
 from dinovmf_plugin.data.sources.tar import list_shards, list_tar
 
 __all__ = ["SOURCES", "STREAMS", "Location", "check_source"]
@@ -104,7 +105,7 @@ class Location:
             return self._list(False)
 
     def stream(self, labeled: bool, check: str, rank: int, world_size: int) -> HubStream:
-        """Read the stream once, to count and check its images; see :func:`hf.list_stream`."""
+        """Read the stream once, to count and check its images; see :func:`stream.list_stream`."""
         if self.source not in STREAMS:
             raise ValueError(f"data.source={self.source} is no stream")
         found = list_stream(
