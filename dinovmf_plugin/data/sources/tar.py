@@ -74,7 +74,8 @@ class _Part(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        self._file.close()
+        if hasattr(self, "_file"):  # it may not have been opened
+            self._file.close()
         super().close()
 
 
