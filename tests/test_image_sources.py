@@ -15,6 +15,8 @@ from PIL import Image
 
 from dinovmf_plugin.analysis.run import analyze
 from dinovmf_plugin.analysis.settings import AnalysisSettings
+from dinovmf_plugin.embeddings.run import embed_folder
+from dinovmf_plugin.embeddings.settings import EmbedSettings
 from dinovmf_plugin.evaluation.runner import evaluate_one
 from dinovmf_plugin.pretraining import pretrain
 from dinovmf_plugin.runs.settings import read
@@ -195,3 +197,26 @@ def test_analysis__the_folder_s_measurements_and_pictures(data, straight, tmp_pa
     table = (tmp_path / source / "images.csv").read_text()
     path = next(item.split("=", 1)[1] for item in data[source] if "train_path" in item)
     assert f"{path}/{'a/0.png' if source == 'tar' else 'train/0'}," in table
+
+
+def test_embed__the_folder_s_rows(data, straight, tmp_path):
+    tables = {}
+    for source in ("folder", "tar"):
+        path = next(item.split("=", 1)[1] for item in data[source] if "train_path" in item)
+        settings = {
+            "checkpoint": str(straight[1]),
+            "output_dir": str(tmp_path / source),
+            "data": {"path": path, "source": source, "num_workers": 0},
+            "format": "npy",
+            "device": "cpu",
+            "progress": False,
+        }
+        embed_folder(read(EmbedSettings, settings))
+        files = sorted((tmp_path / source / "table").glob("*.npy"))
+        tables[source] = {file.name: np.load(file) for file in files}
+    assert tables["tar"].keys() == tables["folder"].keys() >= {"features.npy", "path.npy"}
+    for name, values in tables["folder"].items():
+        np.testing.assert_array_equal(tables["tar"][name], values)
+    settings["data"]["label_key"] = "kind"
+    with pytest.raises(ValueError, match=r"data\.label_key='kind' is not used"):
+        read(EmbedSettings, settings)

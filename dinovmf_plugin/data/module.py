@@ -68,7 +68,7 @@ def image_location(cfg: Mapping[str, Any], key: str = "data.train_path") -> Loca
                 f"data.source={source}: leave one out"
             )
         source = H5
-    split = _get(cfg, "data.train_split" if key == "data.train_path" else "data.val_split")
+    split = _get(cfg, "data.val_split" if key == "data.val_path" else "data.train_split")
     image, label = _get(cfg, "data.image_key"), _get(cfg, "data.label_key")
     return Location(str(path), key, source, split, image, label)
 

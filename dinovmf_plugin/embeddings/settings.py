@@ -31,12 +31,14 @@ class DataSettings(CropSettings):
     check_images: CheckImages = "fast"
 
     def check(self) -> None:
-        """Refuse the split of other images, and a crop that is larger than the resized image."""
+        """Refuse what tells of other images or of labels, and a crop larger than the resized image."""
         super().check()
         if self.val_split is not None:
             raise ValueError(
-                f"val_split={self.val_split!r} is not used: the split of data.path is data.train_split"
+                f"val_split={self.val_split!r} is not used: the split of data.path is train_split"
             )
+        if self.label_key is not None:
+            raise ValueError(f"label_key={self.label_key!r} is not used: no labels are read")
 
 
 @dataclass(frozen=True, kw_only=True)

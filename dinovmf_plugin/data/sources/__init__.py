@@ -61,7 +61,7 @@ class Location:
         check_source(self.source)
         for name, sources in _TUNED.items():
             if getattr(self, name) is not None and self.source not in sources:
-                part = "train" if self.key.endswith("train_path") else "val"
+                part = "val" if self.key == "data.val_path" else "train"
                 shown = f"{part}_split" if name == "split" else name
                 raise ValueError(
                     f"data.{shown}={getattr(self, name)!r} is for data.source={' or '.join(sources)}, and "

@@ -73,10 +73,10 @@ def load_hub(path: Path, split: str | None, key: str, streaming: bool) -> tuple[
         ) from error
     if not isinstance(found, dict):
         return found, split or "train"
-    usual = "train" if key.endswith("train_path") else "validation"
+    usual = "validation" if key == "data.val_path" else "train"
     chosen = split or (usual if len(found) > 1 else next(iter(found)))
     if chosen not in found:
-        name = "train_split" if key.endswith("train_path") else "val_split"
+        name = "val_split" if key == "data.val_path" else "train_split"
         raise ValueError(
             f"{key}: {str(path)!r} has no split {chosen!r}: set data.{name} to one of {', '.join(found)}"
         )
