@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from typing_extensions import Self
 
 from dinovmf_plugin.data.decoding import decodable, open_image
 from dinovmf_plugin.data.sampling import EpochPlan
