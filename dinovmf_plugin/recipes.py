@@ -16,7 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinovmf_plugin import registry
 
-__all__ = ["Candidate", "compose_recipe", "list_recipes", "recipe_reference", "sweep_values"]
+__all__ = [
+    "PARTS",
+    "Candidate",
+    "compose_anywhere",
+    "compose_recipe",
+    "list_recipes",
+    "recipe_reference",
+    "sweep_values",
+]
 
 _HEAD = """# Every recipe
 
@@ -47,6 +55,10 @@ _GROUPS = {
     "imagenet-100": "ImageNet-100",
     "imagenet": "ImageNet-1K",
 }
+
+
+PARTS = ("augmentations", "backbone", "method", "optimization", "trainer")
+"""What a recipe is put together from, each chosen by name."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,37 @@ def _composing() -> Iterator[None]:
         yield
 
 
+def _compose(recipe: str, overrides: Sequence[str]) -> DictConfig:
+    try:
+        return compose(config_name=recipe, overrides=[*overrides])
+    except HydraException as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"recipe={recipe!r} with overrides={[*overrides]}: {first}") from error
+
+
+def compose_anywhere(recipe: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """This project's recipe of a name, also while another hydra application runs, which is left as it is.
+
+    Args:
+        recipe: name, see ``list_recipes``.
+        overrides: in hydra's syntax.
+
+    Raises:
+        ValueError: if there is no such recipe, or an override does not fit it.
+
+    Example:
+        >>> compose_anywhere("custom/dino_vmf", ["method=ibot_vmf"]).method
+        'ibot_vmf'
+    """
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with _composing():
+            return _compose(recipe, overrides)
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
 def _leave_out_foreign_settings(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Drop the recipe's ``method_kwargs`` that its method does not have.
 
@@ -253,16 +296,12 @@ def compose_recipe(
     """
     name = candidate.recipe or recipe
     arguments = [*overrides]
-    try:
-        with _composing():
-            cfg = compose(config_name=name, overrides=arguments)
-            # the recipe's own method may be a variant of it: l2 for DINO's ViT-B
-            if candidate.method not in (None, cfg.method):
-                arguments.append(f"method={candidate.method}")
-                cfg = compose(config_name=name, overrides=arguments)
-    except HydraException as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"recipe={name!r} with overrides={arguments}: {first}") from error
+    with _composing():
+        cfg = _compose(name, arguments)
+        # the recipe's own method may be a variant of it: l2 for DINO's ViT-B
+        if candidate.method not in (None, cfg.method):
+            arguments.append(f"method={candidate.method}")
+            cfg = _compose(name, arguments)
     OmegaConf.set_struct(cfg, False)
     _leave_out_foreign_settings(cfg, overrides)
     for key, value in candidate.settings.items():

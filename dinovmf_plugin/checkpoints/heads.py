@@ -220,5 +220,19 @@ def load_head(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is unreadable or has no head that is a DINO head.
+
+    Example:
+        >>> import argparse, tempfile
+        >>> from timm.models import VisionTransformer
+        >>> vit = VisionTransformer(embed_dim=192, depth=1, num_heads=3, num_classes=0)
+        >>> state = {f"backbone.{name}": value for name, value in vit.state_dict().items()}
+        >>> state |= {f"head.{name}": value for name, value in DINOHead(192, 32, 8, 16).state_dict().items()}
+        >>> content = {"student": state, "teacher": state, "epoch": 0}
+        >>> content["args"] = argparse.Namespace(arch="vit_tiny", norm_last_layer=False, teacher_temp=0.06)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(content, f"{folder}/checkpoint.pth")
+        ...     head, settings = load_head(f"{folder}/checkpoint.pth")
+        >>> head.last_layer.num_prototypes, settings.normalization, settings.teacher_temperature
+        (16, 'none', 0.06)
     """
     return head_from(with_head(read_weights(path, which)), tokens)

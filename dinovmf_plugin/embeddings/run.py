@@ -113,15 +113,7 @@ def embed_folder(settings: EmbedSettings) -> dict[str, Any]:
         RunInUseError: if another process writes there.
     """
     images = _list(settings)
-    embedder = Embedder.load(
-        settings,
-        settings.data,
-        mixture=settings.mixture,
-        weights=settings.weights,
-        feature=settings.feature,
-        precision=settings.precision,
-        device=settings.device,
-    )
+    embedder = Embedder.load(settings, settings.data)
     network = embedder.network
     made_of = {
         "network": network.identity,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.embeddings.settings import EmbedderSettings
 from dinovmf_plugin.features.embedding import embed_batch
 from dinovmf_plugin.features.extraction import FeatureSpec, resolve_feature
 from dinovmf_plugin.features.mixture import make_mixture
 from dinovmf_plugin.features.network import Network, load_source
-from dinovmf_plugin.features.settings import PRECISIONS, CropSettings, NetworkSource
+from dinovmf_plugin.features.settings import PRECISIONS, CropSettings
 from dinovmf_plugin.mixture.model import ImageScores, VMFMixture
 from dinovmf_plugin.runs.environment import pick_device
 
@@ -55,31 +55,21 @@ class Embedder:
     mixture: VMFMixture | None
 
     @classmethod
-    def load(
-        cls,
-        source: NetworkSource,
-        crop: CropSettings,
-        *,
-        mixture: bool,
-        weights: str,
-        feature: str | Mapping[str, Any],
-        precision: str,
-        device: str,
-    ) -> Embedder:
+    def load(cls, settings: EmbedderSettings, crop: CropSettings) -> Embedder:
         """Read the network and put it on its device.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if the file, the feature or the device cannot be used, or there is no head.
         """
-        place = pick_device(device)
-        network = load_source(source, head=mixture).to(place)
+        device = pick_device(settings.device)
+        network = load_source(settings, head=settings.mixture).to(device)
         return cls(
             network,
             network.normalized(crop.transform(network.image_size)),
-            resolve_feature(feature, network.model),
-            PRECISIONS[precision],
-            make_mixture(network, weights) if mixture else None,
+            resolve_feature(settings.feature, network.model),
+            PRECISIONS[settings.precision],
+            make_mixture(network, settings.weights) if settings.mixture else None,
         )
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from dinovmf_plugin.features.settings import (
 from dinovmf_plugin.runs.bounds import Count, OneOf, Path
 from dinovmf_plugin.runs.settings import Doc
 
-__all__ = ["DataSettings", "EmbedSettings"]
+__all__ = ["DataSettings", "EmbedSettings", "EmbedderSettings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,22 +42,9 @@ class DataSettings(CropSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedSettings(NetworkSource):
-    """Everything that ``scripts/embed.py`` can be told.
+class EmbedderSettings(NetworkSource):
+    """The network, and what is made of an image."""
 
-    Raises:
-        ValueError: naming the key, its value and what would be right.
-        ImportError: for ``format=parquet`` without pyarrow.
-    """
-
-    output_dir: Annotated[
-        Path, Doc("a new or empty folder, or that of a run of the same settings, which goes on")
-    ]
-    data: DataSettings
-    format: Annotated[
-        Literal["parquet", "npy", "safetensors"],
-        Doc("parquet and safetensors: a file per part; npy: a file per column"),
-    ] = "parquet"
     mixture: Annotated[
         bool,
         Doc(
@@ -73,10 +60,29 @@ class EmbedSettings(NetworkSource):
         ),
     ] = "cls"
     precision: Precision = "float32"
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings(EmbedderSettings):
+    """Everything that ``scripts/embed.py`` can be told.
+
+    Raises:
+        ValueError: naming the key, its value and what would be right.
+        ImportError: for ``format=parquet`` without pyarrow.
+    """
+
+    output_dir: Annotated[
+        Path, Doc("a new or empty folder, or that of a run of the same settings, which goes on")
+    ]
+    data: DataSettings
+    format: Annotated[
+        Literal["parquet", "npy", "safetensors"],
+        Doc("parquet and safetensors: a file per part; npy: a file per column"),
+    ] = "parquet"
     part: Annotated[
         Count, Doc("images that are kept in memory and written together; a stopped run repeats one")
     ] = 16384
-    device: Device = "auto"
     progress: Annotated[bool, Doc("show a progress bar")] = True
 
     def check(self) -> None:
