@@ -29,7 +29,7 @@ A whole story, on eight pictures of noise (numbers small enough for a CPU and a 
 ('demo-ep0.ckpt', 1)
 >>> found = dv.embed(run, work / "photos")
 >>> found.features.shape, found.component.shape, found.responsibilities().shape
-(torch.Size([8, 64]), torch.Size([8]), torch.Size([8, 32]))
+(torch.Size([8, 128]), torch.Size([8]), torch.Size([8, 32]))
 >>> float(found.typicality().max())  # one is the most likely of all
 1.0
 >>> found = dv.knn_accuracy(run, work / "photos", work / "photos", ks=[1], settings={"knn.crop_size": 32})
@@ -39,9 +39,11 @@ A whole story, on eight pictures of noise (numbers small enough for a CPU and a 
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -283,7 +285,8 @@ def knn_accuracy(
         **keys,
         **(settings or {}),
     }
-    with tempfile.TemporaryDirectory() as passing:
+    # the command's lines on the screen are what this function returns
+    with tempfile.TemporaryDirectory() as passing, redirect_stdout(io.StringIO()):
         folder = passing if output_dir is None else os.fspath(output_dir)
         found = evaluate_one(_nested({"output_dir": folder, **given}), "knn")
     scores = {int(k[1:]): v for k, v in found.items() if k[:1] == "k" and k[1:].isdigit()}
