@@ -164,18 +164,18 @@ def batches_of(
         >>> [tuple(pixels.shape) for pixels in batches.pixels], batches.total
         ([(2, 3, 16, 16), (2, 3, 16, 16), (1, 3, 16, 16)], 5)
     """
+    names: Callable[[int], str] = "image {}".format
+    pixels: Iterable[Tensor]
     if isinstance(images, Tensor):
         parts = _pixels(images).split(batch_size) if len(images) else ()
-        total, pixels, names = len(images), parts, "image {}".format
+        total, pixels = len(images), parts
     else:
         pictures = _pictures(images)
         if pictures is None:
             if not isinstance(images, Iterable):
                 raise _refuse(type(images).__name__)
             length = getattr(getattr(images, "dataset", None), "__len__", None)
-            return Batches(
-                _of_loader(images), "image {}".format, None if length is None else length()
-            )
+            return Batches(_of_loader(images), names, None if length is None else length())
         for index, picture in enumerate(pictures):
             _check(index, picture)
         source = _Pictures(pictures)
