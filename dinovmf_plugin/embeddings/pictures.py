@@ -16,6 +16,7 @@ from torch import Tensor
 from dinovmf_plugin.data.decoding import open_image, to_rgb
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop, evaluation_loader
 from dinovmf_plugin.data.loaders import errors_in_one_sentence
+from dinovmf_plugin.data.source import ImageSource
 from dinovmf_plugin.features.images import image_folder
 
 __all__ = ["Batches", "Images", "batches_of"]
@@ -43,7 +44,7 @@ class Batches:
     total: int | None
 
 
-class _Pictures:
+class _Pictures(ImageSource):
     """Pictures by index, as an ``ImageSource``."""
 
     def __init__(self, pictures: Sequence[Any]) -> None:
