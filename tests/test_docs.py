@@ -54,6 +54,7 @@ def test_links__exist_in_the_repository(path):
 def test_site__has_every_page():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     nav = set(re.findall(r"[\w/-]+\.md", str(yaml.safe_load(text)["nav"])))
+    assert "first_steps.md" in nav  # made of the notebook
     assert nav >= {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
