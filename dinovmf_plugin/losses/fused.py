@@ -1,6 +1,6 @@
 """The cross-entropy on NVIDIA GPUs: two Triton kernels, no logit outlives its tile.
 
-The same sums as ``streamed`` (see there), with the exponentials computed again in the backward pass instead
+The same sums as in ``streamed``, with the exponentials computed again in the backward pass instead
 of kept for it: as in flash attention, whose values would be the prototypes themselves. ``DINOVMF_TRITON=0``
 turns it off.
 """

@@ -111,10 +111,10 @@ def few_shot_over_splits(
         splits: setting (such as ``"1 per class"``) to its splits, each a list of rows.
         test_features: ``(M, D)``.
         test_labels: ``(M,)``.
-        lambd: see ``few_shot_accuracy``; so are the other settings.
-        preprocess: see there.
-        tol: see there.
-        max_iter: see there.
+        lambd: strength of the l2 penalty, as in ``few_shot_accuracy``.
+        preprocess: subtract each feature's own mean, then l2-normalize.
+        tol: tolerance of the solver.
+        max_iter: most iterations of the solver.
         progress: show a progress bar.
 
     Returns:
