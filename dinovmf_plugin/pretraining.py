@@ -45,7 +45,7 @@ class LoaderWorkerError(RuntimeError):
 
 
 class PretrainDataModule(LightningDataModule):
-    """Training crops, and the labelled validation images if ``data.val_path`` is given."""
+    """Training crops, and the labeled validation images if ``data.val_path`` is given."""
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PretrainDataModule(LightningDataModule):
             self.training.close()
 
     def val_dataloader(self) -> Any:
-        """Centre crops for the online classifier and kNN; nothing without labels."""
+        """Center crops for the online classifier and kNN; nothing without labels."""
         return [] if self.validation is None else self.validation
 
 
@@ -139,7 +139,7 @@ def _try_crops(model: Any, cfg: DictConfig) -> None:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ValueError(
                     f"backbone.name={name} with backbone.kwargs={kwargs} does not take crops of {size} x "
-                    f"{size} px in three colours: {reason}"
+                    f"{size} px in three colors: {reason}"
                 ) from error
     finally:
         for module, training in modes.items():
@@ -147,7 +147,7 @@ def _try_crops(model: Any, cfg: DictConfig) -> None:
 
 
 def _check_optimizer(model: Any, cfg: DictConfig) -> None:
-    """``optimizer.kwargs`` are arguments of the optimiser that ``optimizer.name`` names."""
+    """``optimizer.kwargs`` are arguments of the optimizer that ``optimizer.name`` names."""
     known_names = getattr(model, "_OPTIMIZERS", None)
     if not isinstance(known_names, Mapping) or cfg.optimizer.name not in known_names:
         return

@@ -16,7 +16,7 @@ from dinovmf_plugin.runs.cli import one_clear_message
 @hydra.main(config_path="pkg://dinovmf_plugin.configs", config_name="analyze", version_base="1.2")
 @one_clear_message
 def main(cfg: DictConfig) -> None:
-    """Analyse and print the numbers of Table 4."""
+    """Analyze and print the numbers of Table 4."""
     from dinovmf_plugin.analysis.run import AnalysisSettings, analyze, format_analysis
     from dinovmf_plugin.runs.settings import read
 

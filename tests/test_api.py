@@ -315,9 +315,9 @@ def test_typicality__is_the_rank_of_the_likelihood(plugin_checkpoint, paths):
     assert few.typicality(found).tolist() == pytest.approx(share, abs=1 / 12 + 1e-9)
 
 
-def test_one_picture__grey_and_without_a_mixture():
-    grey = Image.fromarray(np.full((40, 40), 128, dtype=np.uint8))
-    found = dv.embed("pixels", grey, mixture=False, crop_size=32)
+def test_one_picture__gray_and_without_a_mixture():
+    gray = Image.fromarray(np.full((40, 40), 128, dtype=np.uint8))
+    found = dv.embed("pixels", gray, mixture=False, crop_size=32)
     level = (128 / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(
         found.features, level.repeat_interleave(1024)[None], atol=1e-4, rtol=1e-4

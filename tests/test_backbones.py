@@ -1,4 +1,4 @@
-"""What trains can be evaluated, analysed, exported and resumed, or is refused: docs/backbones.md."""
+"""What trains can be evaluated, analyzed, exported and resumed, or is refused: docs/backbones.md."""
 
 from __future__ import annotations
 

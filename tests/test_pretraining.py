@@ -91,7 +91,7 @@ def test_run__leaves_everything_in_one_folder(pictures, tmp_path):
 
 
 def test_auto_resume__after_a_crash__bit_for_bit_the_same_end(pictures, tmp_path):
-    """The loader's order and augmentations, drop path, optimiser, centre, EMA and schedules."""
+    """The loader's order and augmentations, drop path, optimizer, center, EMA and schedules."""
     whole = pretrain(_recipe(pictures, tmp_path / "whole", "max_epochs=3"))
     parts = ("max_epochs=3", "auto_resume.enabled=True", "data.val_path=null")
     with pytest.raises(PowerLoss):

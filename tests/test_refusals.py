@@ -114,7 +114,7 @@ def test_odd_crops_of_swin__named(recipe):
 
 
 def test_build_method__trial_crops_leave_no_trace(recipe):
-    """Neither a statistic of batch normalisation, nor a mode, nor the random stream."""
+    """Neither a statistic of batch normalization, nor a mode, nor the random stream."""
     cfg = parse_cfg(recipe("method_kwargs.use_bn_in_head=True"))
     torch.manual_seed(0)
     model = build_method(cfg)

@@ -91,7 +91,7 @@ def attention_sheet(
         image: RGB ``(H, W, 3)``.
         maps: ``(heads, rows, cols)``.
         side: smaller images are enlarged to this shorter side.
-        gap: pixels between the tiles; grey, to be seen on light and dark pages.
+        gap: pixels between the tiles; gray, to be seen on light and dark pages.
     """
     height, width = image.shape[:2]
     scale = max(1.0, side / min(height, width))

@@ -1,6 +1,6 @@
 """The paper's figures, drawn from the code itself; every function returns a matplotlib ``Figure``.
 
-Draw inside ``report.theme.themed``: colours are those of its context.
+Draw inside ``report.theme.themed``: colors are those of its context.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 def normalizer_figure(
     dims: Sequence[int] = (64, 128, 256, 512), *, order: int = 0, kappa_max: float = 500.0
 ) -> Figure:
-    """Figure 4: the approximated log-normaliser, up to a constant, over kappa in [20, kappa_max].
+    """Figure 4: the approximated log-normalizer, up to a constant, over kappa in [20, kappa_max].
 
     ``D(kappa) = log C_p(kappa) - log C_p(0)``, which training adds to the logits.
     """

@@ -19,7 +19,7 @@ __all__ = ["component_sheets", "component_table", "image_table", "ranked_sheet",
 
 
 def thumbnail(image: Image.Image, size: int, *, caption: str = "", title: str = "") -> Thumbnail:
-    """A square thumbnail, centre-cropped, at twice the CSS size for dense screens.
+    """A square thumbnail, center-cropped, at twice the CSS size for dense screens.
 
     Args:
         image: the picture, RGB.

@@ -39,7 +39,7 @@ def _utilization(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any
     page.text(
         "Two prototypes are duplicates if the cosine of their directions exceeds the threshold. Unique "
         "is what remains when duplicates are removed (greedy cover, lowest index first); connected "
-        "components join chains of neighbours and are a check."
+        "components join chains of neighbors and are a check."
     )
     page.charts(
         (chart, "Unique prototypes and largest duplicate set (the paper's Figures 6 and 7)")
@@ -163,10 +163,10 @@ def analysis_page(
         page.text("The image, the mean over heads, then every head: CLS to patches, last block.")
         for sheet in attention:
             page.sheet(sheet)
-    page.section("The normaliser")
+    page.section("The normalizer")
     page.charts(
         (charts["circle"], "vMF densities around one direction, two magnitudes (Figure 3)"),
-        (charts["normalizer"], "Approximated log-normaliser, up to a constant (Figure 4)"),
+        (charts["normalizer"], "Approximated log-normalizer, up to a constant (Figure 4)"),
         (charts["normalizer_error"], "Its error against the exact Bessel function (Figure 5)"),
     )
     page.details("Settings and versions", json.dumps(result["settings"], indent=2))

@@ -142,7 +142,7 @@ def measure(settings: StepSettings) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0.0)
     for turn in range(settings.rounds):
-        # every other turn in reverse order: a machine that slows down does not favour the first
+        # every other turn in reverse order: a machine that slows down does not favor the first
         for name in names if turn % 2 == 0 else reversed(names):
             clock = _Clock()
             if on_gpu:

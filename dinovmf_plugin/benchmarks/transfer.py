@@ -27,7 +27,7 @@ def generated_features(
     """Features ``(rows, dim)`` around class centers, coordinate ``i`` with deviation ``1 / sqrt(i)``.
 
     All coordinates are mixed by a rotation, and scaled to a deviation of 1 on average, as after a
-    LayerNorm. Centres and rotation do not depend on ``seed``.
+    LayerNorm. Centers and rotation do not depend on ``seed``.
     """
     fixed, rng = np.random.default_rng(0), np.random.default_rng(seed)
     centers = fixed.normal(size=(classes, dim))

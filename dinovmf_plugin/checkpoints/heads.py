@@ -28,8 +28,8 @@ class HeadSettings:
         normalization: ``none``, ``l2`` or ``vmf`` (see ``Prototypes``).
         centering: ``logit``, ``probability`` or ``sinkhorn``.
         method: name of the method, such as ``dino`` or ``ibot_vmf``.
-        normalizer_order: order of the vMF normaliser's expansion.
-        center_raw_scores: whether the centre of ``vmf`` with ``logit`` averages raw scores.
+        normalizer_order: order of the vMF normalizer's expansion.
+        center_raw_scores: whether the center of ``vmf`` with ``logit`` averages raw scores.
         patch_prototypes: ``shared`` or ``separate`` prototypes for patches (iBOT); None without any.
         teacher_patch_temperature: the teacher's final temperature for patches (iBOT); None without any.
         assumed: fields that the file did not tell and that are the method's defaults.

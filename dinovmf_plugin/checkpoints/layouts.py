@@ -27,7 +27,7 @@ class StoredWeights:
 
     Attributes:
         path: the file.
-        source: the layout that was recognised; ``timm`` is a bare ViT state dict, which is also what
+        source: the layout that was recognized; ``timm`` is a bare ViT state dict, which is also what
             DINO, iBOT and MSN publish as backbone-only files.
         which: ``teacher`` or ``student``; ``unnamed`` if the file holds one nameless network.
         backbone: tensors of the Vision Transformer.
@@ -35,7 +35,7 @@ class StoredWeights:
             (iBOT, on the same MLP), or a whole head below ``patch.`` (this project, DINOv2).
         config: settings stored with the weights (resolved config, ``args``, or ``config.json``).
         mask_token: what iBOT's student puts in the place of masked patches, ``(1, 1, D)``.
-        center: the teacher's stored centre for CLS, ``(K,)`` float32, where the file has one.
+        center: the teacher's stored center for CLS, ``(K,)`` float32, where the file has one.
         steps: of the optimizer before the weights were stored, where the file tells.
     """
 

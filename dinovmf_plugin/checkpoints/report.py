@@ -19,7 +19,7 @@ class LoadReport:
 
     Attributes:
         path: the file.
-        source: layout that was recognised: ``dinovmf_plugin``, ``solo``, ``dino``, ``ibot``, ``msn``,
+        source: layout that was recognized: ``dinovmf_plugin``, ``solo``, ``dino``, ``ibot``, ``msn``,
             ``dinov2`` or ``timm`` (a bare ViT state dict, which official backbone-only files are).
         which: network that was read: ``teacher``, ``student``, or ``unnamed`` when the file holds
             one nameless network, in which case the request is ignored.

@@ -38,7 +38,7 @@ def _chart(xlabel: str, ylabel: str, draw: Callable[[Axes], None]) -> Themes:
 
 
 def _style(index: int) -> dict[str, Any]:
-    """Six colours, then other dashes."""
+    """Six colors, then other dashes."""
     colors = mpl.rcParams["axes.prop_cycle"].by_key()["color"]
     return {"color": colors[index % len(colors)], "linestyle": _LINES[index // len(colors) % 3]}
 

@@ -42,8 +42,8 @@ from dinovmf_plugin.training.crops import SHEET
 __all__ = ["collect"]
 
 _LIMITS = (
-    "Mean ± standard deviation over seeds. One seed moves initialisation, order and crops of the training "
-    "together; the held-out images and the labelled splits are the same for all runs. p: paired t-test over "
+    "Mean ± standard deviation over seeds. One seed moves initialization, order and crops of the training "
+    "together; the held-out images and the labeled splits are the same for all runs. p: paired t-test over "
     "the seeds, not corrected for the number of comparisons. Runs that collapsed count in no mean."
 )
 
@@ -101,7 +101,7 @@ def _tables(groups: Sequence[Group], kind: str, headline: str) -> list[tuple[str
         paper = paper_table(groups)
         if paper is not None:
             found.append(("The paper's numbers on ImageNet, not on this data", paper))
-    found.append(("kNN by number of neighbours", comparison_table(groups, knn)))
+    found.append(("kNN by number of neighbors", comparison_table(groups, knn)))
     used = utilization_table(groups)
     if used is not None:
         found.append(("Prototypes of the teacher", used))
@@ -219,7 +219,7 @@ def _page(
     varied: Sequence[Group],
 ) -> Page:
     kind, headline = summary["kind"], summary["headline"]
-    title = {"ablation": "Normalisation and centring", "compare": "Methods compared"}[kind]
+    title = {"ablation": "Normalization and centering", "compare": "Methods compared"}[kind]
     page = Page("Learning rate and stability" if varied else title, _setting(summary))
     page.section("Result")
     (first, content), *rest = tables

@@ -61,7 +61,7 @@ def train(recipe: DictConfig, curve_every: int, k: int) -> dict[str, Any]:
     Args:
         recipe: unparsed, with ``checkpoint`` and ``auto_resume`` enabled.
         curve_every: epochs between two kNN evaluations; 0 is never.
-        k: neighbours of these.
+        k: neighbors of these.
 
     Returns:
         ``checkpoint``: path of the last one (None if the run diverged), and ``diverged``: None, or what

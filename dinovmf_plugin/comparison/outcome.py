@@ -37,7 +37,7 @@ def outcome_of(result: Mapping[str, Any], num_prototypes: int | None, k: int) ->
     Args:
         result: with ``diverged``, ``monitor``, ``metrics`` and ``baselines``.
         num_prototypes: K; None for methods without prototypes.
-        k: neighbours of the kNN comparison.
+        k: neighbors of the kNN comparison.
 
     Example:
         >>> result = {"diverged": None, "monitor": {"step": []}}

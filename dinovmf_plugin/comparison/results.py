@@ -89,7 +89,7 @@ class Group:
 
     @property
     def switches(self) -> tuple[str, str]:
-        """Normalisation and centring of the first run."""
+        """Normalization and centering of the first run."""
         return str(self.runs[0]["normalization"]), str(self.runs[0]["centering"])
 
     @property

@@ -183,7 +183,7 @@ class ComparisonSettings(Settings):
         for key, path in paths.items():
             if path is None:
                 raise ValueError(
-                    f"data.{key} is missing: give labelled images of the same classes as in the other "
+                    f"data.{key} is missing: give labeled images of the same classes as in the other "
                     "folder, or neither for the demo pictures"
                 )
         return paths

@@ -44,7 +44,7 @@ def describe_difference(
 ) -> str:
     """One sentence on two groups of runs that says no more than the seeds allow.
 
-    A paired t-test over the seeds that both have: one seed gives both the same initialisation of the
+    A paired t-test over the seeds that both have: one seed gives both the same initialization of the
     backbone, order of images and crops, so that what varies is the difference. Not corrected for the
     number of comparisons.
 

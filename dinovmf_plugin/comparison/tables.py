@@ -54,7 +54,7 @@ def _cell(group: Group | None, metric: str) -> str:
 
 
 def ablation_table(groups: Sequence[Group], metric: str) -> Table:
-    """Table 1's layout: normalisation by centring, ours and the paper's side by side."""
+    """Table 1's layout: normalization by centering, ours and the paper's side by side."""
     by_switches = {group.switches: group for group in groups}
     found = dict.fromkeys(centering for _, centering in by_switches)
     centerings = [c for c in ("logit", "probability", "sinkhorn") if c in found]

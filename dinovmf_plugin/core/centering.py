@@ -1,9 +1,9 @@
-"""From the teacher's scores to the student's targets: logit, probability and Sinkhorn centring.
+"""From the teacher's scores to the student's targets: logit, probability and Sinkhorn centering.
 
 Everything works on raw scores ``s = <w, y>`` ``(rows, K)``, a temperature ``tau`` and, for vMF
-prototypes, the log-normaliser ``D(||w|| / tau)`` ``(K,)``. State is one float32 buffer ``center``
+prototypes, the log-normalizer ``D(||w|| / tau)`` ``(K,)``. State is one float32 buffer ``center``
 ``(1, K)``, saved in checkpoints and equal on every rank: the means are exact over all ranks, even
-when these hold different numbers of rows. Targets use the centre *before* the step's update, as the
+when these hold different numbers of rows. Targets use the center *before* the step's update, as the
 official code does; with gradient accumulation every micro-batch updates it.
 """
 
@@ -68,14 +68,14 @@ def _log_sum_probability(logits: Tensor) -> Tensor:
 
 
 class Centering(nn.Module):
-    """Base of the three: a centre, its EMA momentum, and the two steps every subclass defines.
+    """Base of the three: a center, its EMA momentum, and the two steps every subclass defines.
 
     Args:
         num_prototypes: ``K``.
-        momentum: EMA coefficient ``m`` of the centre in [0, 1) (DINO: 0.9).
+        momentum: EMA coefficient ``m`` of the center in [0, 1) (DINO: 0.9).
 
     Attributes:
-        linear: whether a batch's centre is a linear function of its mean scores, so that one row, the
+        linear: whether a batch's center is a linear function of its mean scores, so that one row, the
             mean, may stand for all of them in ``update``.
         row_wise: whether a row's targets depend on no other row, so that they may be made in chunks.
 
@@ -96,7 +96,7 @@ class Centering(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # `module.bfloat16()` and Lightning's bf16-true would round an EMA of 8 significant bits to
-        # a standstill: the centre follows the device and stays float32.
+        # a standstill: the center follows the device and stays float32.
         exact = self.center
         super()._apply(fn, recurse)
         if self.center.dtype != torch.float32:
@@ -118,7 +118,7 @@ class Centering(nn.Module):
         temperature: float,
         log_normalizer: Tensor | None = None,
     ) -> None:
-        """Move the centre towards this batch: ``c <- m c + (1 - m) batch_center``.
+        """Move the center towards this batch: ``c <- m c + (1 - m) batch_center``.
 
         Args:
             scores: ``(rows, K)``; or chunks of rows, made one after the other, where all of them
@@ -136,7 +136,7 @@ class Centering(nn.Module):
     def _batch_center(
         self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
     ) -> Tensor:
-        raise TypeError(f"{type(self).__name__} defines no centre")
+        raise TypeError(f"{type(self).__name__} defines no center")
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(module)``."""
@@ -158,17 +158,17 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 class LogitCentering(Centering):
-    """Centre in logit space (paper Eq. 8): ``c`` is an EMA of the batch mean of the scores.
+    """Center in logit space (paper Eq. 8): ``c`` is an EMA of the batch mean of the scores.
 
-    Without a log-normaliser this is DINO: ``softmax((s - c) / tau)``, ``c`` in units of raw scores,
+    Without a log-normalizer this is DINO: ``softmax((s - c) / tau)``, ``c`` in units of raw scores,
     so that it keeps its meaning while the temperature warms up. With one, the scores of Eq. 8 are the
     modified logits ``l = s / tau + D`` of section 3.4 and ``c`` is subtracted after the temperature.
 
     Args:
         num_prototypes: ``K``.
         momentum: EMA coefficient.
-        raw_scores: centre the raw scores even when there is a log-normaliser, leaving ``D`` out of the
-            centre (the other reading of the paper's vMF + logit cell).
+        raw_scores: center the raw scores even when there is a log-normalizer, leaving ``D`` out of the
+            center (the other reading of the paper's vMF + logit cell).
 
     Example:
         >>> centering = LogitCentering(4)
@@ -207,9 +207,9 @@ class LogitCentering(Centering):
 
 
 class ProbabilityCentering(Centering):
-    """Centre in probability space (paper Eq. 9): an EMA of ``log mean_b softmax(l_b)``.
+    """Center in probability space (paper Eq. 9): an EMA of ``log mean_b softmax(l_b)``.
 
-    The softmax inside is *not* centred; the target is ``softmax(l - c)`` with ``c`` not divided by the
+    The softmax inside is *not* centered; the target is ``softmax(l - c)`` with ``c`` not divided by the
     temperature (Eq. 7). ``-c`` estimates minus the log of each component's usage: "rich gets poorer".
 
     Example:
@@ -257,7 +257,7 @@ def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
 
 
 class SinkhornCentering(Centering):
-    """Targets by Sinkhorn-Knopp over the global batch: nothing to remember, so the centre stays 0.
+    """Targets by Sinkhorn-Knopp over the global batch: nothing to remember, so the center stays 0.
 
     Example:
         >>> centering = SinkhornCentering(8)
@@ -293,7 +293,7 @@ def make_centering(
     raw_scores: bool = False,
     iterations: int = 3,
 ) -> Centering:
-    """Build the centring that a config names.
+    """Build the centering that a config names.
 
     Raises:
         ValueError: for an unknown name.

@@ -11,7 +11,7 @@ __all__ = ["DINOHead", "ProjectionHead"]
 
 
 class ProjectionHead(nn.Module):
-    """Projects features to unit vectors ``y``: MLP, bottleneck, l2 normalisation.
+    """Projects features to unit vectors ``y``: MLP, bottleneck, l2 normalization.
 
     ``in_dim -> hidden -> ... -> bottleneck`` with GELU between linear layers (optionally BatchNorm),
     truncated-normal weights of std 0.02 and zero biases. Parameter names equal those of the official
@@ -85,7 +85,7 @@ class DINOHead(ProjectionHead):
         normalization: ``none``, ``l2`` or ``vmf`` (see ``Prototypes``).
         num_layers: linear layers of the MLP (official: 3).
         use_bn: BatchNorm after each hidden linear layer.
-        order: order of the vMF normaliser.
+        order: order of the vMF normalizer.
 
     Example:
         >>> import torch

@@ -37,7 +37,7 @@ class Prototypes(nn.Module):
         dim: bottleneck dimension ``p``.
         num_prototypes: number of components ``K``.
         normalization: ``none``, ``l2`` or ``vmf``.
-        order: order of the vMF normaliser's expansion (see ``vmf.log_normalizer``).
+        order: order of the vMF normalizer's expansion (see ``vmf.log_normalizer``).
 
     Raises:
         ValueError: for an unknown normalization, a non-positive size, or ``vmf`` with ``dim < 3``.
@@ -82,7 +82,7 @@ class Prototypes(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # `module.bfloat16()` and Lightning's bf16-true would leave magnitudes near 1 in steps of 0.004 to
-        # 0.008, more than an optimiser step: they follow the device and stay float32, as the centre does.
+        # 0.008, more than an optimizer step: they follow the device and stay float32, as the center does.
         exact = self.weight_g.data
         super()._apply(fn, recurse)
         if self.weight_g.dtype != torch.float32:

@@ -1,6 +1,6 @@
 """Schedules as pure functions of the step: nothing to save, so resuming is exact.
 
-``step`` counts optimiser steps from 0, ``total`` is their number in the whole run.
+``step`` counts optimizer steps from 0, ``total`` is their number in the whole run.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The density of a unit vector ``y`` in ``p`` dimensions is ``C_p(kappa) exp(kappa
 
     log C_p(kappa) = nu log kappa - (p / 2) log(2 pi) - log I_nu(kappa),        nu = p / 2 - 1.
 
-Softmax and centring are invariant to a constant, so training uses the offset-free
+Softmax and centering are invariant to a constant, so training uses the offset-free
 ``D(kappa) = log C_p(kappa) - log C_p(0)``: zero at ``kappa = 0``, even and decreasing in ``|kappa|``.
 
 References:
@@ -60,7 +60,7 @@ def _as_float(kappa: Tensor) -> Tensor:
 def _check_dim(dim: int) -> float:
     if dim < 3:
         raise ValueError(
-            f"dim={dim} is too small for the uniform expansion of the vMF normaliser, which needs "
+            f"dim={dim} is too small for the uniform expansion of the vMF normalizer, which needs "
             "nu = dim / 2 - 1 > 0: use dim >= 3 (the paper uses 256), or exact_log_normalizer"
         )
     return dim / 2 - 1

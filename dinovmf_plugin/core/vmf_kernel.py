@@ -1,4 +1,4 @@
-"""The log-normaliser of all prototypes in one Triton kernel: value and slope, for CUDA devices.
+"""The log-normalizer of all prototypes in one Triton kernel: value and slope, for CUDA devices.
 
 Imported only where Triton is used (``prototypes.Prototypes.log_normalizer``).
 """

@@ -44,7 +44,7 @@ class Workspace:
         self.mapped = 0  # blocks that were asked of the operating system so far
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Uninitialised tensor, like ``torch.empty``."""
+        """Uninitialized tensor, like ``torch.empty``."""
         count = math.prod(shape)
         size = count * dtype.itemsize
         if device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -86,5 +86,5 @@ WORKSPACE = Workspace()
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory from the workspace of this process."""
+    """Uninitialized memory from the workspace of this process."""
     return WORKSPACE.empty(shape, dtype, device)

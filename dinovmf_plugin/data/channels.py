@@ -1,4 +1,4 @@
-"""The channel statistics that a network was trained with: its images must be normalised by no others."""
+"""The channel statistics that a network was trained with: its images must be normalized by no others."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def _tag(image: Image.Image, tag: int, default: int) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of a PIL image of any mode; transparency is dropped.
 
-    Integers of 9 to 16 bits keep their upper 8 bits: those of grey PNG, of PGM (which PIL scales to 16
+    Integers of 9 to 16 bits keep their upper 8 bits: those of gray PNG, of PGM (which PIL scales to 16
     bits) and of TIFF, whose ``BitsPerSample`` counts.
 
     Args:

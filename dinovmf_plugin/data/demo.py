@@ -1,4 +1,4 @@
-"""Real labelled pictures for a first run: ``python -m dinovmf_plugin.data.demo --output DIR``.
+"""Real labeled pictures for a first run: ``python -m dinovmf_plugin.data.demo --output DIR``.
 
 Writes ``DIR/train`` and ``DIR/val`` with one folder per class, and ``DIR/about.json``, from a data
 set that the user's own pip has installed. Nothing is downloaded here and nothing of it is part of
@@ -29,7 +29,7 @@ from dinovmf_plugin.data.safe_pickle import load_plain_pickle
 
 @dataclass(frozen=True)
 class Pictures:
-    """Labelled pictures of a data set.
+    """Labeled pictures of a data set.
 
     Attributes:
         labels: N class names.
@@ -52,13 +52,13 @@ class DemoDataset:
 
     Attributes:
         package: names for pip, separated by spaces.
-        licence: of the data.
+        license: of the data.
         note: what it shows and what to mind.
         read: reads the pictures from the installed package.
     """
 
     package: str
-    licence: str
+    license: str
     note: str
     read: Callable[[], Pictures]
 
@@ -113,7 +113,7 @@ def _read_photographs() -> Pictures:
 DATASETS = {
     "photographs": DemoDataset(
         package=" ".join(PHOTOGRAPHS),
-        licence="MIT (mvtb-data, as the package states); scikit-image's data folder lists the terms of "
+        license="MIT (mvtb-data, as the package states); scikit-image's data folder lists the terms of "
         "each of its pictures",
         note="patches of 40 x 40 pixels of 43 color photographs, scaled to 200 pixels: left halves to train "
         "on, right halves held out; a patch's class is its photograph",
@@ -121,14 +121,14 @@ DATASETS = {
     ),
     "elpv": DemoDataset(
         package="elpv-dataset",
-        licence="CC-BY-NC-SA-4.0 (data): not for commercial use, do not redistribute",
+        license="CC-BY-NC-SA-4.0 (data): not for commercial use, do not redistribute",
         note="2624 electroluminescence photographs of solar cells, 300 x 300 pixels, mono- or "
         "polycrystalline, good or defective (probability of a defect above one half)",
         read=_read_elpv,
     ),
     "animal-mnist": DemoDataset(
         package="animal-mnist",
-        licence="MIT (as the package states)",
+        license="MIT (as the package states)",
         note="10000 silhouettes of ten animals, 28 x 28 pixels",
         read=_read_animals,
     ),
@@ -187,7 +187,7 @@ def build(
     about = {
         "dataset": dataset,
         "package": ", ".join(packages),
-        "licence": chosen.licence,
+        "license": chosen.license,
         "note": chosen.note,
         "size": size,
         "val_fraction": val_fraction,
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", default=0, type=int, help="of the split")
     arguments = parser.parse_args(argv)
     chosen = DATASETS[arguments.dataset]
-    print(f"{chosen.package}: {chosen.note}.\nLicence: {chosen.licence}.")
+    print(f"{chosen.package}: {chosen.note}.\nLicense: {chosen.license}.")
     try:
         folder = build(
             arguments.output,

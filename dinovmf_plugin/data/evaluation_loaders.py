@@ -1,4 +1,4 @@
-"""Deterministic loader for validation and feature extraction: resize, centre crop, normalise."""
+"""Deterministic loader for validation and feature extraction: resize, center crop, normalize."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _LONG = 4
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Resize of the shorter side, then a centred square: the evaluation transform of DINO.
+    """Resize of the shorter side, then a centered square: the evaluation transform of DINO.
 
     Attributes:
         resize: length of the shorter side after resizing, in pixels.
-        size: side of the centred square, at most ``resize``.
+        size: side of the centered square, at most ``resize``.
         interpolation: ``bicubic`` or ``bilinear``, antialiased.
         mean: per-channel mean.
         std: per-channel standard deviation.
@@ -92,7 +92,7 @@ def evaluation_loader(
 
     Args:
         source: images and labels.
-        transform: by default Resize 256 bicubic, centre crop 224, ImageNet statistics.
+        transform: by default Resize 256 bicubic, center crop 224, ImageNet statistics.
         batch_size: images per batch.
         num_workers: worker processes.
 

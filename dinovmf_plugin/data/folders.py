@@ -1,4 +1,4 @@
-"""Lists of images in folders, labelled or not, in an order that no file system decides."""
+"""Lists of images in folders, labeled or not, in an order that no file system decides."""
 
 from __future__ import annotations
 

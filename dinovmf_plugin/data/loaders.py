@@ -142,7 +142,7 @@ class PretrainLoader(ResumableLoader):
             multiprocessing_context=worker_start_method(num_workers),
             worker_init_fn=leave_signals_to_the_parent,
             prefetch_factor=prefetch_factor if num_workers > 0 else None,
-            # PyTorch draws seeds for the workers; not from the stream that initialises the model.
+            # PyTorch draws seeds for the workers; not from the stream that initializes the model.
             generator=torch.Generator(),
         )
 

@@ -1,4 +1,4 @@
-"""Resize and centre crop of very long pictures, without the pixels that the crop leaves out.
+"""Resize and center crop of very long pictures, without the pixels that the crop leaves out.
 
 A picture of 1 x 5000 pixels whose shorter side becomes 256 has 1.3 million pixels on the other. Only those
 of the crop are made here, to the bit as Pillow makes them.
@@ -74,7 +74,7 @@ def _tall_pictures_shrink_rows_first() -> bool:
 def resized_center(
     image: Image.Image, height: int, width: int, size: int, interpolation: str
 ) -> Image.Image:
-    """The centred square of ``image`` resized to ``height x width``.
+    """The centered square of ``image`` resized to ``height x width``.
 
     Args:
         image: an RGB picture.

@@ -250,11 +250,11 @@ def validation_loader(
     world_size: int = 1,
     device_id: int | None = None,
 ) -> Any:
-    """Build a loader of deterministic centre crops, for validation or feature extraction.
+    """Build a loader of deterministic center crops, for validation or feature extraction.
 
     Args:
         cfg: as for :func:`pretrain_loader`; validation images are in ``data.val_path``,
-            labelled. Its labels are those of the training set's classes, some of which it may lack.
+            labeled. Its labels are those of the training set's classes, some of which it may lack.
         train: read ``data.train_path`` (all of it, in order) instead.
         transform: by default the size of the recipe's first crop after a resize to 256/224 of it
             (none for CIFAR and STL-10).

@@ -1,7 +1,7 @@
 """Random parameters of crops, drawn once for all backends.
 
 A crop is described completely by numbers (box, flip, jitter factors, blur radius, ...) that are
-drawn here, vectorised over a batch, from uniform numbers that depend on (seed, epoch, index) only.
+drawn here, vectorized over a batch, from uniform numbers that depend on (seed, epoch, index) only.
 The torchvision and the DALI loader then differ in how they compute pixels, not in what they draw.
 """
 
@@ -44,10 +44,10 @@ class CropParameters:
             1, 0 without jitter.
         order: ``(..., 4)`` order of the jitter operations, indices into ``JITTER_OPERATIONS``.
         jitter: whether the jitter is applied.
-        gray: whether to turn grey.
+        gray: whether to turn gray.
         blur_radius: standard deviation of the blur in pixels, 0 for none.
         solarize: whether to solarise.
-        equalize: whether to equalise.
+        equalize: whether to equalize.
     """
 
     top: npt.NDArray[np.int64]
@@ -69,10 +69,10 @@ def random_boxes(
 ) -> tuple[
     npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]
 ]:
-    """Boxes of RandomResizedCrop (Inception crops), vectorised.
+    """Boxes of RandomResizedCrop (Inception crops), vectorized.
 
     Up to ten tries of an area uniform in ``scale`` and a log-uniform aspect ratio in 3/4 to 4/3;
-    the first that fits is placed uniformly. If none fits, the largest centred box with an allowed
+    the first that fits is placed uniformly. If none fits, the largest centered box with an allowed
     aspect ratio.
 
     Args:
@@ -80,7 +80,7 @@ def random_boxes(
         heights: image heights, broadcastable to the leading shape.
         widths: image widths.
         scale: ``(..., 2)`` smallest and largest area as a share of the image; a NaN pair asks for
-            the largest centred square.
+            the largest centered square.
 
     Returns:
         top, left, height and width, int64 of the leading shape.
@@ -98,7 +98,7 @@ def random_boxes(
     first = np.argmax(fits, axis=-1)[..., None]
     found = fits.any(axis=-1)
 
-    # Fallback: the whole image, or its centre when its aspect ratio is out of range.
+    # Fallback: the whole image, or its center when its aspect ratio is out of range.
     image_ratio = widths / heights
     full_h = np.where(image_ratio < ASPECT_RATIO[0], np.rint(widths / ASPECT_RATIO[0]), heights)
     full_w = np.where(image_ratio > ASPECT_RATIO[1], np.rint(heights * ASPECT_RATIO[1]), widths)

@@ -1,7 +1,7 @@
 """Patches of photographs: which photograph is this patch from?
 
-The left half of every photograph gives the patches to train on and to look neighbours up in, the right
-half those to be recognised, so that no pixel is on both sides.
+The left half of every photograph gives the patches to train on and to look neighbors up in, the right
+half those to be recognized, so that no pixel is on both sides.
 """
 
 from __future__ import annotations

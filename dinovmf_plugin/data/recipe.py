@@ -50,20 +50,20 @@ _SCALARS = ("crop_size", "num_crops", "mean", "std")
 class Crop:
     """How one crop of a multi-crop recipe is made.
 
-    The operations run in DINO's order: crop and resize, flip, colour jitter, greyscale, blur,
-    solarisation, equalisation, normalisation.
+    The operations run in DINO's order: crop and resize, flip, color jitter, grayscale, blur,
+    solarisation, equalisation, normalization.
 
     Attributes:
         size: side of the square crop in pixels.
         scale: smallest and largest crop area as a share of the image, or None for the largest
-            centred square.
+            centered square.
         interpolation: ``bicubic`` or ``bilinear``, both antialiased.
-        jitter_prob: probability of the colour jitter.
+        jitter_prob: probability of the color jitter.
         brightness: relative range; the factor is uniform in ``[max(0, 1 - b), 1 + b]``.
         contrast: as ``brightness``.
         saturation: as ``brightness``.
         hue: half range of the hue shift in turns, at most 0.5.
-        gray_prob: probability of turning grey (still three channels).
+        gray_prob: probability of turning gray (still three channels).
         blur_prob: probability of a Gaussian blur whose radius (standard deviation) is uniform in
             0.1 to 2 pixels.
         solarize_prob: probability of inverting the values from 128 on.
@@ -219,7 +219,7 @@ def parse_recipe(
     Differs from upstream:
         solo-learn reads unknown keys silently, so that a misspelt operation is never applied; with
         ``rrc.enabled: False`` it stretches the picture in DALI and keeps its shape in torchvision,
-        here it is the largest centred square in both.
+        here it is the largest centered square in both.
 
     Example:
         >>> scales = {"crop_min_scale": 0.2, "crop_max_scale": 1.0}

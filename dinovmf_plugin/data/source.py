@@ -150,7 +150,7 @@ def relabel(images: Listing, classes: Sequence[str], *, key: str) -> Listing:
     """Labels by another list of classes, that of the training set; images may lack some of them.
 
     Args:
-        images: a labelled listing.
+        images: a labeled listing.
         classes: names in the order of the labels.
         key: config key of the images, for messages.
 

@@ -20,7 +20,7 @@ class TorchvisionSource(ImageSource):
     Args:
         name: ``cifar10``, ``cifar100`` or ``stl10``.
         root: folder with the data set as torchvision unpacks it; nothing is downloaded.
-        train: training part (STL-10: with its unlabelled images) or test part.
+        train: training part (STL-10: with its unlabeled images) or test part.
         fraction: share of the images, see :func:`dinovmf_plugin.data.folders.take_fraction`.
 
     Raises:
@@ -57,5 +57,5 @@ class TorchvisionSource(ImageSource):
         return self._dataset[self._indices[index]][0]
 
     def label(self, index: int) -> int:
-        """Its class; -1 for STL-10's unlabelled images."""
+        """Its class; -1 for STL-10's unlabeled images."""
         return int(self._labels[self._indices[index]])

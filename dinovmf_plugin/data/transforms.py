@@ -33,7 +33,7 @@ def make_crop(
         at: which entry of them.
 
     Returns:
-        ``(3, size, size)`` float32, normalised.
+        ``(3, size, size)`` float32, normalized.
     """
     p = parameters
     box = [int(side[at]) for side in (p.top, p.left, p.height, p.width)]
@@ -100,7 +100,7 @@ class MultiCropTransform:
             index: the image's index in the data set.
 
         Returns:
-            N tensors ``(3, size, size)``, float32, normalised.
+            N tensors ``(3, size, size)``, float32, normalized.
         """
         if seed is None:
             seed = random.getrandbits(63)

@@ -53,7 +53,7 @@ def look_inside(
         checkpoint: of a finished training.
         pictures: folder with ``train`` and ``val``.
         size: side of the images that the network was trained on.
-        k: neighbours of Figure 2.
+        k: neighbors of Figure 2.
         temperature: of the kNN votes.
         bins: percentile ranges of Figure 2.
     """

@@ -133,9 +133,7 @@ def _neighbor_sheets(
             caption = f"{mark} {train.classes[label]} {value:.4f}"  # nearly parallel features
             pictures.append(thumbnail(train.image(index), 96, caption=caption))
         right = int((labels[indices[row]] == truth).sum())
-        sheets.append(
-            Sheet(f"Query {row + 1}", f"{right} of {k} neighbours of its class", pictures)
-        )
+        sheets.append(Sheet(f"Query {row + 1}", f"{right} of {k} neighbors of its class", pictures))
     return sheets
 
 
@@ -143,7 +141,7 @@ def _mixture(page: Page, methods: Mapping[str, Any], inside: Mapping[str, Compon
     page.section("The mixture")
     page.text(
         "Every prototype is a component of a mixture on the sphere; its norm is its precision κ. DINO leaves "
-        "the normalising constant of the components out, DINO-vMF puts it back: see how many components "
+        "the normalizing constant of the components out, DINO-vMF puts it back: see how many components "
         "win images, how far their precisions spread, and whether precise ones hold the easier images."
     )
     rows = []
@@ -208,7 +206,7 @@ def write_report(
         f"{recipe.backbone.name}, {recipe.max_epochs} epochs · {results['seconds'] / 60:.1f} minutes",
     )
     facts: dict[str, object] = {
-        f"{name}: kNN top-1, {key[1:]} neighbours": f"{result['knn'][key]['top1']:.1f} %"
+        f"{name}: kNN top-1, {key[1:]} neighbors": f"{result['knn'][key]['top1']:.1f} %"
         for name, result in methods.items()
     }
     for name, accuracy in results["baselines"].items():
@@ -253,10 +251,10 @@ def write_report(
         with Image.open(crops) as picture:
             page.picture(picture, "crops of the first training images")
     for name, network in trained.items():
-        page.section(f"Nearest neighbours: {name}")
+        page.section(f"Nearest neighbors: {name}")
         for sheet in _neighbor_sheets(network, folder, data):
             page.sheet(sheet)
-    page.text(f"Pictures: {about['note']}. Licence: {about['licence']}.", note=True)
+    page.text(f"Pictures: {about['note']}. License: {about['license']}.", note=True)
     shown = {k: results[k] for k in ("settings", "recipe", "versions")}
     page.details("Settings and versions", json.dumps(shown, indent=2))
     write_file(path, page.html())

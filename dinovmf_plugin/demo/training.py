@@ -95,7 +95,7 @@ def train_all(
         recipes: unparsed, by method.
         folder: for the logs ``METHOD.log`` of processes of their own.
         every: epochs between two kNN evaluations of the curve.
-        k: neighbours of the curve.
+        k: neighbors of the curve.
         temperature: of the kNN votes.
         processes: trainings at a time; 1 trains in this process, one after the other.
 

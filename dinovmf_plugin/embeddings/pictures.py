@@ -81,9 +81,9 @@ def _refuse(what: str) -> ValueError:
 def _check(index: int, picture: Any) -> None:
     """Refuse what is no picture, before anything is computed."""
     if isinstance(picture, np.ndarray):
-        grey = picture.ndim == 2
+        gray = picture.ndim == 2
         colored = picture.ndim == 3 and picture.shape[-1] in (1, 3, 4)
-        if picture.dtype != np.uint8 or not (grey or colored):
+        if picture.dtype != np.uint8 or not (gray or colored):
             shape = " x ".join(map(str, picture.shape))
             raise ValueError(
                 f"image {index} is an array of {shape} {picture.dtype}: uint8 of (H, W), (H, W, 1), "
@@ -160,8 +160,8 @@ def batches_of(
         ValueError: if it is none of these, or holds nothing.
 
     Example:
-        >>> grey = np.zeros((5, 20, 30), dtype=np.uint8)
-        >>> batches = batches_of(grey, CenterCrop(18, 16), batch_size=2, num_workers=0)
+        >>> gray = np.zeros((5, 20, 30), dtype=np.uint8)
+        >>> batches = batches_of(gray, CenterCrop(18, 16), batch_size=2, num_workers=0)
         >>> [tuple(pixels.shape) for pixels in batches.pixels], batches.total
         ([(2, 3, 16, 16), (2, 3, 16, 16), (1, 3, 16, 16)], 5)
     """

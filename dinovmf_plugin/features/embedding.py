@@ -134,10 +134,10 @@ def embed(
 
 @torch.no_grad()
 def assign(prototypes: Prototypes, y: Tensor, temperature: float) -> Tensor:
-    """Prototype of highest logit of each row, under the layer's own formulation and without centre.
+    """Prototype of highest logit of each row, under the layer's own formulation and without center.
 
     Args:
-        prototypes: the layer; ``vmf`` includes the log-normaliser.
+        prototypes: the layer; ``vmf`` includes the log-normalizer.
         y: unit vectors ``(N, p)``.
         temperature: the teacher's ``tau``.
 

@@ -1,4 +1,4 @@
-"""Labelled images for the evaluations, with an identity that the feature cache can trust."""
+"""Labeled images for the evaluations, with an identity that the feature cache can trust."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class _SubsetSource(ImageSource):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A labelled set of images.
+    """A labeled set of images.
 
     Attributes:
         name: for messages and file names.
@@ -188,13 +188,13 @@ def describe(transform: CenterCrop, data_format: str = "image_folder") -> str:
 
     Example:
         >>> describe(CenterCrop())
-        'resize 256 bicubic, centre crop 224, ImageNet normalisation'
+        'resize 256 bicubic, center crop 224, ImageNet normalization'
     """
     imagenet = (transform.mean, transform.std) == IMAGENET
-    own = f"normalisation by mean {transform.mean} and std {transform.std}"
+    own = f"normalization by mean {transform.mean} and std {transform.std}"
     words = (
-        f"resize {transform.resize} {transform.interpolation}, centre crop {transform.size}, "
-        f"{'ImageNet normalisation' if imagenet else own}"
+        f"resize {transform.resize} {transform.interpolation}, center crop {transform.size}, "
+        f"{'ImageNet normalization' if imagenet else own}"
     )
     return f"{words}, by DALI" if data_format == "dali" else words
 

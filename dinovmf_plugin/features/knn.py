@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour accuracy of frozen features, as the DINO paper measures it.
+"""Weighted k-nearest-neighbor accuracy of frozen features, as the DINO paper measures it.
 
 Protocol (DINO's kNN evaluation; the paper's Tables 1, 2 and 9-11): cosine similarity, the k nearest
 training images vote for their class with weight ``exp(similarity / 0.07)``; k in {10, 20, 100, 200}.
@@ -32,7 +32,7 @@ def vote_ranks(
 ) -> dict[int, Tensor]:
     """Rank of the true class (0 is best) among the votes of the ``k`` nearest, for every ``k``.
 
-    Equal votes, those of classes without a neighbour included, are ranked by class index, as a stable
+    Equal votes, those of classes without a neighbor included, are ranked by class index, as a stable
     sort of the votes does in the official code.
 
     Args:
@@ -40,7 +40,7 @@ def vote_ranks(
         neighbor_classes: ``(Q, k_max)`` int64 in ``0 .. num_classes - 1``.
         query_classes: ``(Q,)`` int64; -1 for a class that the bank does not have.
         num_classes: number of classes of the bank.
-        ks: ascending numbers of neighbours.
+        ks: ascending numbers of neighbors.
         temperature: of the weights.
 
     Returns:
@@ -69,10 +69,10 @@ def vote_ranks(
 def _sorted_ks(ks: int | Sequence[int], bank_size: int) -> list[int]:
     values = sorted({ks} if isinstance(ks, int) else {int(k) for k in ks})
     if not values or values[0] < 1:
-        raise ValueError(f"ks={ks} must name at least one number of neighbours, each at least 1")
+        raise ValueError(f"ks={ks} must name at least one number of neighbors, each at least 1")
     if values[-1] > bank_size:
         raise ValueError(
-            f"ks={values} asks for {values[-1]} neighbours, but the bank holds only {bank_size} "
+            f"ks={values} asks for {values[-1]} neighbors, but the bank holds only {bank_size} "
             f"features: use k <= {bank_size}"
         )
     return values
@@ -95,11 +95,11 @@ def knn_accuracy(
     """Top-1 and top-5 accuracy in percent for every ``k``, from one pass over the bank.
 
     Args:
-        bank_features: ``(N, D)`` training features, any float dtype; normalised here, chunk by chunk.
+        bank_features: ``(N, D)`` training features, any float dtype; normalized here, chunk by chunk.
         bank_labels: ``(N,)`` integers, any values (they need not be ``0 .. C - 1``).
         query_features: ``(Q, D)`` test features. Their device does the work.
         query_labels: ``(Q,)`` integers; a label that the bank lacks can never be hit.
-        ks: numbers of neighbours, each at most ``N``.
+        ks: numbers of neighbors, each at most ``N``.
         temperature: of the vote's weights ``exp(similarity / temperature)``, positive.
         chunk: bank rows per step.
         query_chunk: queries per block.

@@ -1,7 +1,7 @@
-"""Exact cosine nearest neighbours, chunked so that ImageNet's bank fits a small machine.
+"""Exact cosine nearest neighbors, chunked so that ImageNet's bank fits a small machine.
 
 A block of queries walks over the bank in chunks. Each chunk's similarities are thinned twice before
-anything is sorted: groups of ``_GROUP`` neighbours whose maximum does not beat a query's current k-th
+anything is sorted: groups of ``_GROUP`` neighbors whose maximum does not beat a query's current k-th
 similarity are dropped whole, and of the rest only entries that beat it enter the query's reservoir.
 The cost is the matrix product plus some per cent; nothing of size queries x bank is ever kept. 1,000 queries
 against 1.28 M x 768 take 18 s of one core and 154 MB beside the bank (``results/benchmark_knn.json``).
@@ -122,10 +122,10 @@ def nearest_neighbors(
     """The ``k`` most cosine-similar bank rows of every query, exactly.
 
     Args:
-        bank: ``(N, D)`` features of any float dtype, not necessarily normalised; stays where it is,
+        bank: ``(N, D)`` features of any float dtype, not necessarily normalized; stays where it is,
             chunks travel to the device of ``queries``.
         queries: ``(Q, D)`` features.
-        k: neighbours per query, at most ``N``.
+        k: neighbors per query, at most ``N``.
         chunk: bank rows per step.
         query_chunk: queries per block; peak memory besides inputs and results is about
             ``query_chunk * (24 * chunk + 100 * k)`` bytes and two float32 copies of ``4 * chunk`` rows
@@ -151,7 +151,7 @@ def nearest_neighbors(
             "(rows, dimensions) with the same number of dimensions"
         )
     if not 1 <= k <= len(bank):
-        raise ValueError(f"k={k} neighbours were asked for, but the bank holds {len(bank)} rows")
+        raise ValueError(f"k={k} neighbors were asked for, but the bank holds {len(bank)} rows")
     similarities = torch.empty((len(queries), k), device=queries.device)
     indices = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
     with tqdm(total=len(queries), desc="kNN", unit="query", disable=not progress) as bar:

@@ -1,4 +1,4 @@
-"""One frozen network, read once: backbone, head, centre, digest and the statistics of its images."""
+"""One frozen network, read once: backbone, head, center, digest and the statistics of its images."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Network:
         identity: what distinguishes its features from those of any other network.
         record: what the results say about it: path, sha256, network, architecture, load report.
         shape: how timm builds it, None for pixels.
-        statistics: what its images are normalised by.
+        statistics: what its images are normalized by.
         head: projection head in eval mode, if it was asked for; ``head.last_layer`` holds the prototypes.
         head_settings: temperatures and switches of the head.
-        center: the stored centre ``(K,)``, None if the file has none that fits the prototypes.
+        center: the stored center ``(K,)``, None if the file has none that fits the prototypes.
     """
 
     model: nn.Module
@@ -210,7 +210,7 @@ def load_network(
         model_name: see ``load_backbone``.
         num_heads: see ``load_backbone``.
         seed: of the random weights.
-        head: whether to load the projection head and the centre too, which a file must have then.
+        head: whether to load the projection head and the center too, which a file must have then.
         weight_file: of ``timm:NAME``; nothing is downloaded.
 
     Raises:

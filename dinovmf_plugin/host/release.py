@@ -2,7 +2,7 @@
 
 1.0.2 takes keyword arguments from argparse, names its networks ``encoder`` and ``momentum_encoder`` and
 speaks the hooks of pytorch-lightning 1.4. This adapter translates the config, the names and the hooks; the
-networks, the classifier, the metric functions and the optimiser choices stay the host's.
+networks, the classifier, the metric functions and the optimizer choices stay the host's.
 """
 
 from __future__ import annotations

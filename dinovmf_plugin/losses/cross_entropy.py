@@ -49,7 +49,7 @@ def prototype_cross_entropy(
         scale: ``(K,)``, factors of the rows of ``weight``.
         magnitude: ``(K,)``, instead of scale: ``scale_k = magnitude_k / ||weight_k||``. Same value as
             ``scale=Prototypes.scale()``, without autograd's separate passes over ``(K, p)`` for the norm.
-        bias: ``(K,)``, e.g. the vMF log-normaliser.
+        bias: ``(K,)``, e.g. the vMF log-normalizer.
         pair_weights: ``(V, Q)``, default ``1 / (V Q N)``: the mean over views, targets and rows.
             DINO: ``(v != q) / (number of such pairs * N)``. Without gradient.
         row_weights: ``(N,)``, default 1. Without gradient.

@@ -132,13 +132,13 @@ def patch_targets(
 def update_patch_center(
     centering: Centering, prototypes: Prototypes, embeddings: Tensor, temperature: float
 ) -> None:
-    """Move the patches' centre, which sees *all* patches, masked or not.
+    """Move the patches' center, which sees *all* patches, masked or not.
 
-    In logit space the centre of the batch is the score of the mean embedding, one row. In probability
+    In logit space the center of the batch is the score of the mean embedding, one row. In probability
     space the softmax stands between: the scores are made and reduced in chunks of patches.
 
     Args:
-        centering: the patches' own centring.
+        centering: the patches' own centering.
         prototypes: the teacher's.
         embeddings: unit vectors of all patches of the global views ``(rows, p)``.
         temperature: the teacher's temperature for patches.

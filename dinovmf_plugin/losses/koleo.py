@@ -44,17 +44,17 @@ def koleo_loss(
 
     The Kozachenko-Leonenko entropy estimator up to constants: on features of images (arXiv 1806.03198, and
     DINOv2), or on prototypes, as the follow-up on partial prototype collapse (arXiv 2410.14060) proposes.
-    Copies of one vector, such as a void set of prototypes, are what it penalises; its gradient has the
+    Copies of one vector, such as a void set of prototypes, are what it penalizes; its gradient has the
     size of 1 / distance, so near-copies are pushed apart strongly, while *exact* copies have no direction
     to part in and get gradient zero.
 
-    Cost: K * K * p for the neighbour search (no gradient, 1024 x K at a time) and K * p for the rest.
+    Cost: K * K * p for the neighbor search (no gradient, 1024 x K at a time) and K * p for the rest.
     K 8192 costs 34 GFLOP a step; at K 65536 draw ``num_anchors`` of them per step.
 
     Args:
         directions: prototypes ``(K, p)`` with gradient, e.g. ``Prototypes.directions()``, or features
-            ``(N, D)`` of one crop of each image; normalised here. Computed in float32 with autocast off.
-        num_anchors: use a random subset of prototypes ``i`` (their neighbours are searched among all):
+            ``(N, D)`` of one crop of each image; normalized here. Computed in float32 with autocast off.
+        num_anchors: use a random subset of prototypes ``i`` (their neighbors are searched among all):
             an unbiased estimate. Default all.
         generator: for the subset.
 

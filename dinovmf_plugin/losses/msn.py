@@ -1,4 +1,4 @@
-"""MSN's loss: cross-entropy of every anchor view with one target, and mean-entropy maximisation.
+"""MSN's loss: cross-entropy of every anchor view with one target, and mean-entropy maximization.
 
 Written from the paper's formulae (Assran et al., "Masked Siamese Networks", arXiv 2204.07141, section 3).
 """
@@ -20,7 +20,7 @@ __all__ = ["mean_entropy_gap", "msn_loss", "msn_targets"]
 
 
 def mean_entropy_gap(logits: Tensor) -> Tensor:
-    """``log K - H(p_mean)``: what mean-entropy maximisation minimises; 0 if usage is uniform.
+    """``log K - H(p_mean)``: what mean-entropy maximization minimizes; 0 if usage is uniform.
 
     ``p_mean`` is the mean over the rows, and over all ranks (each with as many rows). The reduction
     is differentiable: gradients averaged over ranks, as DDP does, are those of one process with all rows.
@@ -81,15 +81,15 @@ def msn_loss(
 def msn_targets(
     centering: Centering, prototypes: Prototypes, embeddings: Tensor, temperature: float
 ) -> Tensor:
-    """Targets ``(B, K)`` of the target views ``(B, p)``; moves the centre, where there is one.
+    """Targets ``(B, K)`` of the target views ``(B, p)``; moves the center, where there is one.
 
     MSN's sharpening ``p ** (1/T)`` of a softmax at ``tau`` is the softmax at ``temperature = tau T``
-    (0.1 * 0.25 = 0.025). For vMF prototypes the log-normaliser is the one at that temperature, as in
+    (0.1 * 0.25 = 0.025). For vMF prototypes the log-normalizer is the one at that temperature, as in
     the teacher of DINO-vMF (Eq. 7): each view is a vMF mixture with ``kappa = ||w|| / temperature``.
 
-    Centring starts from the sharpened *probabilities*: with Sinkhorn every sample enters with equal
+    Centering starts from the sharpened *probabilities*: with Sinkhorn every sample enters with equal
     mass, as in MSN, whereas SwAV and DINOv2 (and ``dino_multicrop`` here) start from the exponentials of
-    the scores. For the other centrings this changes nothing.
+    the scores. For the other centerings this changes nothing.
     """
     log_p = prototypes(embeddings, temperature).log_softmax(dim=-1)
     targets = centering(log_p, 1.0)

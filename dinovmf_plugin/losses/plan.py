@@ -17,7 +17,7 @@ _HALF = (torch.bfloat16, torch.float16)
 class Plan:
     """How to walk through the (student rows) x K logits.
 
-    The exponentials wait for their rows' normalisers before they can give the prototypes' gradients:
+    The exponentials wait for their rows' normalizers before they can give the prototypes' gradients:
     until the backward pass (``keep``, one block), or for the end of their block of student rows.
     """
 

@@ -1,4 +1,4 @@
-"""The base of every method here: student, teacher, one forward per resolution, the optimisation."""
+"""The base of every method here: student, teacher, one forward per resolution, the optimization."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class SelfDistillation(StoredConfig, ScheduledSteps):
             return 0.0
         total: Tensor | float = 0.0
         for prototypes in self.spread_prototypes:
-            # the search of all neighbours is quadratic: of 65536 prototypes take a subset every step
+            # the search of all neighbors is quadratic: of 65536 prototypes take a subset every step
             anchors = min(prototypes.num_prototypes, _SPREAD_ANCHORS)
             total = total + weight * koleo_loss(
                 prototypes.directions(), num_anchors=anchors, generator=self.step_generator()
@@ -266,7 +266,7 @@ class SelfDistillation(StoredConfig, ScheduledSteps):
         return loss + self.online_classifier_loss(out.student_features, targets)
 
     def on_after_backward(self) -> None:
-        """Refuse a loss that is not finite: before the optimiser's step, while a GPU is still busy.
+        """Refuse a loss that is not finite: before the optimizer's step, while a GPU is still busy.
 
         Raises:
             NonFiniteLossError: if the loss is NaN or infinite.

@@ -23,7 +23,7 @@ __all__ = ["DINOMultiCrop", "DINOvMF"]
 
 
 class DINOMultiCrop(ComponentsByEM):
-    """DINO as published: multi-crop, free or unit prototypes, logit centring.
+    """DINO as published: multi-crop, free or unit prototypes, logit centering.
 
     ``method_kwargs.normalization`` and ``method_kwargs.centering`` reach all cells of the paper's Table 1.
     Every key is documented in ``methods.settings.DINOSettings``.
@@ -88,7 +88,7 @@ class DINOMultiCrop(ComponentsByEM):
         return super().own_group(group, name)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups, split by weight decay and, where rates differ, by layer."""
+        """The optimizer's groups, split by weight decay and, where rates differ, by layer."""
         return optimization.split_weight_decay(
             self.named_parameter_groups(),
             self.group_options(),
@@ -134,7 +134,7 @@ class DINOMultiCrop(ComponentsByEM):
     def teacher_targets(self, crops: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Targets ``(G, B, K)``, embeddings ``(G * B, p)`` and features ``(G * B, D)`` of the globals.
 
-        The centre is updated after the targets are formed, so that they use the previous one.
+        The center is updated after the targets are formed, so that they use the previous one.
         """
         features = self.pooled_teacher(crops)
         embeddings = self.momentum_head(features)
@@ -143,7 +143,7 @@ class DINOMultiCrop(ComponentsByEM):
 
     @torch.no_grad()
     def cls_targets(self, embeddings: Tensor) -> Tensor:
-        """Targets ``(rows, K)`` of the teacher's embeddings ``(rows, p)``; then moves the centre."""
+        """Targets ``(rows, K)`` of the teacher's embeddings ``(rows, p)``; then moves the center."""
         self.observe(embeddings)
         prototypes = self.momentum_head.last_layer
         temperature = self.teacher_temperature()
@@ -176,7 +176,7 @@ class DINOMultiCrop(ComponentsByEM):
 
 
 class DINOvMF(DINOMultiCrop):
-    """DINO-vMF: prototypes with vMF normalisation, centring in probability space (Eqs. 6, 7, 9)."""
+    """DINO-vMF: prototypes with vMF normalization, centering in probability space (Eqs. 6, 7, 9)."""
 
     default_settings: ClassVar[dict[str, Any]] = {
         "normalization": "vmf",

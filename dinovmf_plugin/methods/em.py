@@ -96,7 +96,7 @@ class ComponentsByEM(SelfDistillation):
         return [self.head.last_layer, self.momentum_head.last_layer]  # type: ignore[list-item]
 
     def make_components(self) -> None:
-        """Take the prototypes out of the optimiser, if EM is to move them."""
+        """Take the prototypes out of the optimizer, if EM is to move them."""
         s = self.settings
         self.components = None
         if s.prototype_update == "em":
@@ -115,7 +115,7 @@ class ComponentsByEM(SelfDistillation):
         self._observed = found if self._observed is None else self._observed + found
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the teacher, then the components: every micro-batch, as the centre."""
+        """Move the teacher, then the components: every micro-batch, as the center."""
         super().on_train_batch_end(outputs, batch, batch_idx)
         if self.components is None or self._observed is None:
             return

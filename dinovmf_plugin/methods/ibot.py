@@ -1,4 +1,4 @@
-"""iBOT and iBOT-vMF: DINO on the CLS token and masked image modelling on patches."""
+"""iBOT and iBOT-vMF: DINO on the CLS token and masked image modeling on patches."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class IBOT(PatchHeads):
     The student sees masked global crops and whole local ones, the teacher whole global ones. CLS tokens
     are DINO (over all pairs of different views, the student's globals masked); masked patches predict the
     teacher's distribution at the same place of the same view. One head, prototypes included, serves
-    both, or each has its own (``patch_head=separate``, DINOv2); each has its centre and its teacher
+    both, or each has its own (``patch_head=separate``, DINOv2); each has its center and its teacher
     temperature, hence, for vMF, its own concentrations.
 
     Adds ``mask_token`` (1, 1, D), starting at 0, to the student (decayed, as it is no 1-d tensor), and
@@ -167,7 +167,7 @@ class IBOT(PatchHeads):
         super().initialize_from_checkpoint()
 
     def named_parameter_groups(self) -> dict[str, Any]:
-        """Group name -> named parameters that the optimiser gets."""
+        """Group name -> named parameters that the optimizer gets."""
         groups = super().named_parameter_groups()
         return {**groups, "mask_token": [("mask_token", self.mask_token)]}
 
@@ -313,7 +313,7 @@ class IBOT(PatchHeads):
 
 
 class IBOTvMF(IBOT):
-    """iBOT-vMF: prototypes with vMF normalisation, both centres in probability space (Eqs. 6, 7, 9)."""
+    """iBOT-vMF: prototypes with vMF normalization, both centers in probability space (Eqs. 6, 7, 9)."""
 
     default_settings: ClassVar[dict[str, Any]] = {
         "normalization": "vmf",

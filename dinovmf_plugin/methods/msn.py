@@ -113,10 +113,10 @@ class MSN(SelfDistillation):
                 f"augmentations give {cfg.data.num_large_crops} large crops, but {cfg.method} needs 2: the "
                 "first is the target, the second the anchor (small crops are focal anchors)"
             )
-        synchronised = cfg.get("sync_batchnorm") and cfg.method_kwargs.use_bn_in_head
+        synchronized = cfg.get("sync_batchnorm") and cfg.method_kwargs.use_bn_in_head
         accelerator = cfg.get("accelerator") or "auto"
         on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-        if synchronised and on_cpu and count_devices(cfg.devices) > 1:
+        if synchronized and on_cpu and count_devices(cfg.devices) > 1:
             raise ValueError(
                 f"devices={cfg.devices} on CPUs cannot have sync_batchnorm=True, which PyTorch offers on "
                 "GPUs only: use one device, sync_batchnorm=False or method_kwargs.use_bn_in_head=False"
@@ -187,10 +187,10 @@ class MSN(SelfDistillation):
         loss = cross_entropy + s.me_max_weight * gap
         return DistillationOutput(loss, features, teacher_features, scalars)
 
-    # ---- optimisation ---------------------------------------------------------------------------
+    # ---- optimization ---------------------------------------------------------------------------
 
     def named_parameter_groups(self) -> dict[str, Any]:
-        """Group name -> named parameters that the optimiser gets."""
+        """Group name -> named parameters that the optimizer gets."""
         groups = super().named_parameter_groups()
         return {**groups, "prototypes": self.prototypes.named_parameters()}
 
@@ -204,7 +204,7 @@ class MSN(SelfDistillation):
         return int(self.settings.schedule_stretch * self.total_steps)
 
     def teacher_momentum(self, step: int) -> float:
-        """EMA coefficient after optimiser step ``step``: a straight line, cut off before its end."""
+        """EMA coefficient after optimizer step ``step``: a straight line, cut off before its end."""
         momentum, step = self.cfg.momentum, self.schedule_step(step)
         return schedules.linear(step, self.schedule_steps, momentum.base_tau, momentum.final_tau)
 
@@ -216,6 +216,6 @@ class MSN(SelfDistillation):
 
 
 class MSNvMF(MSN):
-    """MSN with vMF prototypes: norms are free, and each component has its normaliser (Eqs. 6, 7)."""
+    """MSN with vMF prototypes: norms are free, and each component has its normalizer (Eqs. 6, 7)."""
 
     default_settings: ClassVar[dict[str, Any]] = {"normalization": "vmf"}

@@ -71,7 +71,7 @@ class PatchHeads(DINOMultiCrop):
         return nn.ModuleDict(parts)
 
     def named_parameter_groups(self) -> dict[str, Any]:
-        """Group name -> named parameters that the optimiser gets."""
+        """Group name -> named parameters that the optimizer gets."""
         groups = super().named_parameter_groups()
         if self.has_patch_head:
             groups["patch_head"] = self.patch_head.named_parameters()

@@ -117,13 +117,13 @@ def _patch_size(kwargs: Any) -> int:
 def check_strategy(cfg: DictConfig) -> None:
     """Raise a ValueError unless ``strategy`` keeps the whole network in every process.
 
-    The teacher follows the student parameter by parameter, centre and prototypes are needed whole, and
+    The teacher follows the student parameter by parameter, center and prototypes are needed whole, and
     FSDP, DeepSpeed and the like cut parameters into pieces.
     """
     strategy = OmegaConf.select(cfg, "strategy", default="auto")
     if strategy is not None and not str(strategy).startswith(("auto", "ddp", "single_device")):
         raise ValueError(
-            f"strategy={strategy!r} is not supported by {cfg.method}: the teacher's average, the centre and "
+            f"strategy={strategy!r} is not supported by {cfg.method}: the teacher's average, the center and "
             "the prototypes need whole parameters in every process; set strategy=ddp (or auto)"
         )
 

@@ -12,7 +12,7 @@ def read_solo_keys(given: Mapping[str, Any], method: str, normalization: str) ->
     """``method_kwargs`` as written for solo-learn's DINO, in this project's keys.
 
     ``norm_last_layer`` becomes ``normalization``: l2 where it is True, none where it is False. In a method
-    whose normalisation is vmf, False says what holds anyway: its norms are free. ``freeze_last_layer`` and
+    whose normalization is vmf, False says what holds anyway: its norms are free. ``freeze_last_layer`` and
     ``clip_grad`` may be True or False, as solo-learn annotates them. All else is returned as it is.
 
     Args:
@@ -21,7 +21,7 @@ def read_solo_keys(given: Mapping[str, Any], method: str, normalization: str) ->
         normalization: the method's own.
 
     Raises:
-        ValueError: if ``norm_last_layer`` is neither True nor False, or contradicts the normalisation.
+        ValueError: if ``norm_last_layer`` is neither True nor False, or contradicts the normalization.
 
     Example:
         >>> read_solo_keys({"norm_last_layer": True, "num_prototypes": 4096}, "dino_multicrop", "none")

@@ -35,7 +35,7 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
         return number if isinstance(number, Tensor) else torch.full((), number, device=self.device)
 
     def named_parameter_groups(self) -> dict[str, Any]:
-        """Group name -> named parameters that the optimiser gets."""
+        """Group name -> named parameters that the optimizer gets."""
         return {
             "backbone": self.backbone.named_parameters(),
             "head": self.head.named_parameters(),
@@ -63,7 +63,7 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
         return part, {"lr_scale": scale}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's groups, split by weight decay and, where rates differ, by layer."""
+        """The optimizer's groups, split by weight decay and, where rates differ, by layer."""
         return optimization.split_weight_decay(
             self.named_parameter_groups(), self.group_options(), divide=self.own_group
         )
@@ -83,7 +83,7 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
         return False
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The host's optimiser; schedules are set every step."""
+        """The host's optimizer; schedules are set every step."""
         peak, groups = self.peak_lr, self.parameter_groups()
         for group in groups:
             group["peak_lr"] = group.get("lr", peak)
@@ -98,16 +98,16 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return int(self.trainer.estimated_stepping_batches)
 
     @property
     def schedule_steps(self) -> int:
-        """Length of the schedules of learning rate, weight decay and EMA, in optimiser steps."""
+        """Length of the schedules of learning rate, weight decay and EMA, in optimizer steps."""
         return self.total_steps
 
     def schedule_step(self, step: int) -> int:
-        """Where the schedules stand at optimiser step ``step`` of this epoch (counted from 0 over the run).
+        """Where the schedules stand at optimizer step ``step`` of this epoch (counted from 0 over the run).
 
         Epoch times steps per epoch, as in the official code, not the number of steps done: a run that goes on
         with another batch size, or left an epoch early, stays at its epoch's part of the schedules.
@@ -123,7 +123,7 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
         return int(position - self.trainer.global_step)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set learning rate and weight decay of the coming optimiser step, and seed drop path."""
+        """Set learning rate and weight decay of the coming optimizer step, and seed drop path."""
         self.seed_batch(batch_idx)
         self._schedule_offset = self._find_schedule_offset(batch_idx)
         final = self.settings.final_weight_decay
@@ -166,12 +166,12 @@ class ScheduledSteps(SeededSteps, OnlineProbes):
         self._step_of_last_update = self.trainer.global_step
 
     def teacher_momentum(self, step: int) -> float:
-        """EMA coefficient after optimiser step ``step`` (counted from 0)."""
+        """EMA coefficient after optimizer step ``step`` (counted from 0)."""
         momentum, step = self.cfg.momentum, self.schedule_step(step)
         return schedules.cosine(step, self.schedule_steps, momentum.base_tau, momentum.final_tau)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the teacher, once per optimiser step (not per micro-batch)."""
+        """Move the teacher, once per optimizer step (not per micro-batch)."""
         step = self.trainer.global_step
         if step == self._step_of_last_update:
             return

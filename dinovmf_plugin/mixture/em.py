@@ -1,4 +1,4 @@
-"""Expectation-maximisation for mixtures of von Mises-Fisher distributions: pure functions.
+"""Expectation-maximization for mixtures of von Mises-Fisher distributions: pure functions.
 
 The model is ``p(x) = sum_k pi_k C_p(kappa_k) exp(kappa_k <mu_k, x>)`` for unit vectors ``x``. With
 responsibilities ``r_nk`` everything that the M step needs is ``n_k = sum_n r_nk`` and
@@ -103,7 +103,7 @@ def chunk_rows(num_components: int, dim: int) -> int:
 
 
 def component_offsets(parameters: Parameters) -> Tensor:
-    """``log pi_k + log C_p(kappa_k) - log C_p(0)`` with the exact normaliser, ``(K,)`` in float64."""
+    """``log pi_k + log C_p(kappa_k) - log C_p(0)`` with the exact normalizer, ``(K,)`` in float64."""
     kappa = parameters.concentrations
     normalizer = exact_log_normalizer(kappa.cpu().numpy(), parameters.directions.shape[1])
     return torch.from_numpy(normalizer).to(kappa.device) + parameters.log_weights
@@ -201,7 +201,7 @@ def maximization(
     *,
     max_concentration: float = MAX_CONCENTRATION,
 ) -> Parameters:
-    """The M step: the parameters that maximise the expected log-likelihood of the statistics.
+    """The M step: the parameters that maximize the expected log-likelihood of the statistics.
 
     Args:
         statistics: of at least one row.

@@ -5,10 +5,10 @@
 choice, since training fixes the assignments only:
 
 * ``model_log_weights``: those under which the responsibilities equal the model's own softmax. They are
-  uniform for ``vmf`` and ``l2``; plain DINO leaves the normaliser out of its logits, which as a mixture
+  uniform for ``vmf`` and ``l2``; plain DINO leaves the normalizer out of its logits, which as a mixture
   means ``pi_k ~ 1 / C_p(kappa_k)``;
-* uniform weights whatever the normalisation;
-* ``center_log_weights``: usage as estimated by the centre (A.4).
+* uniform weights whatever the normalization;
+* ``center_log_weights``: usage as estimated by the center (A.4).
 """
 
 from __future__ import annotations
@@ -74,13 +74,13 @@ class ImageScores:
 class VMFMixture:
     """A mixture of von Mises-Fisher components.
 
-    Normalisers are exact (``vmf.exact_log_normalizer``); inner products are float32, a few rows at a
+    Normalizers are exact (``vmf.exact_log_normalizer``); inner products are float32, a few rows at a
     time, so that K 65536 costs 34 MB and not N * K numbers.
 
     Attributes:
         directions: unit mean directions ``(K, p)``.
         concentrations: ``kappa`` ``(K,)``, >= 0.
-        log_weights: log mixture proportions ``(K,)``, up to a constant (normalised in use).
+        log_weights: log mixture proportions ``(K,)``, up to a constant (normalized in use).
 
     Example:
         >>> mixture = VMFMixture(torch.eye(3), torch.full((3,), 20.0), torch.zeros(3))
@@ -166,7 +166,7 @@ class VMFMixture:
 def model_log_weights(prototypes: Prototypes, temperature: float) -> Tensor:
     """Log-weights ``(K,)`` with which the mixture's responsibilities equal the model's softmax.
 
-    Zero (uniform) for ``vmf`` and ``l2``. For ``none`` they cancel the normaliser, ``-D(kappa_k)``.
+    Zero (uniform) for ``vmf`` and ``l2``. For ``none`` they cancel the normalizer, ``-D(kappa_k)``.
     """
     kappa = prototypes.concentration(temperature).detach()
     if prototypes.normalization != "none":
@@ -183,21 +183,21 @@ def center_log_weights(
     temperature: float,
     raw_scores: bool = False,
 ) -> Tensor:
-    """Log of the component usage that a training centre estimates (A.4), ``(K,)``, float64.
+    """Log of the component usage that a training center estimates (A.4), ``(K,)``, float64.
 
-    ``exp(c)`` for probability centring; ``exp(c / tau)`` for logit centring, whose centre averages
+    ``exp(c)`` for probability centering; ``exp(c / tau)`` for logit centering, whose center averages
     raw scores, except with ``vmf`` (without ``raw_scores``), where it averages logits and no
     temperature is left. It is what the targets of training are divided by.
 
     Args:
-        center: the centre, ``(K,)`` or ``(1, K)``.
+        center: the center, ``(K,)`` or ``(1, K)``.
         centering: ``probability`` or ``logit``.
         normalization: that of the prototypes.
         temperature: the teacher's ``tau``.
-        raw_scores: ``center_raw_scores`` of training: ``vmf`` with a centre of raw scores.
+        raw_scores: ``center_raw_scores`` of training: ``vmf`` with a center of raw scores.
 
     Raises:
-        ValueError: if there is no usage in the centre (Sinkhorn).
+        ValueError: if there is no usage in the center (Sinkhorn).
 
     Example:
         >>> c = torch.tensor([[0.7, 0.2, 0.1]]).log()
@@ -207,7 +207,7 @@ def center_log_weights(
     """
     if centering not in ("probability", "logit"):
         raise ValueError(
-            f"weights=center needs logit or probability centring; centering={centering!r} keeps no "
+            f"weights=center needs logit or probability centering; centering={centering!r} keeps no "
             "estimate of usage: use weights=model or weights=uniform"
         )
     logits = center.detach().double().reshape(-1)

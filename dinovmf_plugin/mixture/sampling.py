@@ -19,7 +19,7 @@ def sample_vmf(
     """Draw from one vMF distribution (``scipy.stats.vonmises_fisher``; uniform at concentration 0).
 
     Args:
-        mean: mean direction ``(p,)``, normalised here; ``p >= 2``.
+        mean: mean direction ``(p,)``, normalized here; ``p >= 2``.
         concentration: ``kappa >= 0``.
         num: number of samples.
         seed: seed or numpy generator.

@@ -36,7 +36,7 @@ def entropy(probabilities: Tensor) -> Tensor:
         [0.6931471824645996, 0.0]
     """
     tiny = torch.finfo(probabilities.dtype).tiny
-    # torch.special.entr is not vectorised on CPUs
+    # torch.special.entr is not vectorized on CPUs
     return probabilities.clamp_min(tiny).log_().neg_().mul_(probabilities).sum(dim=-1)
 
 

@@ -5,7 +5,7 @@ Two prototypes are duplicates if the cosine of their directions is *greater* tha
 
 * **greedy cover** (``duplicate_groups``, the primary one): the lowest-index prototype that is not yet
   covered represents a group and absorbs every uncovered prototype above the threshold;
-* **connected components** (``component_groups``, a check): chains of neighbours are one group, so
+* **connected components** (``component_groups``, a check): chains of neighbors are one group, so
   distant prototypes can merge.
 
 They agree when groups are tight against the threshold, as void sets are.
@@ -75,7 +75,7 @@ class _Cosines:
         self.exact = directions
         self.threshold = threshold
         self.unit = F.normalize(directions, dim=-1)
-        # bound of a dot product's rounding error, plus that of the normalisation
+        # bound of a dot product's rounding error, plus that of the normalization
         self.margin = (directions.shape[-1] + 8) * torch.finfo(directions.dtype).eps / 2
 
     def exceed(self, rows: Tensor, columns: Tensor, column_units: Tensor | None = None) -> Tensor:
@@ -106,7 +106,7 @@ def duplicate_groups(directions: Tensor, threshold: float, *, progress: bool = F
     with all uncovered ones; time is proportional to groups * K * p, memory to 256 * K.
 
     Args:
-        directions: prototypes ``(K, p)``, any norms (normalised here); float64 stays float64.
+        directions: prototypes ``(K, p)``, any norms (normalized here); float64 stays float64.
         threshold: cosine in [-1, 1), compared strictly.
         progress: whether to show a progress bar.
 
@@ -302,7 +302,7 @@ def void_set(directions: Tensor, groups: Tensor, mean: Tensor, hits: Tensor) -> 
         directions: prototypes ``(K, p)``.
         groups: ``(K,)`` of ``duplicate_groups``.
         mean: mean of ``y`` over the data ``(p,)``, any norm.
-        hits: images per prototype, ``(K,)``: arg-max of the teacher's logits without centre.
+        hits: images per prototype, ``(K,)``: arg-max of the teacher's logits without center.
 
     Returns:
         A ``VoidSet``.

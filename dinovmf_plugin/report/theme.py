@@ -1,6 +1,6 @@
 """One look for every chart: two themes, and figures that share their axes and legend.
 
-Draw inside ``themed`` (or ``matplotlib.rc_context(THEMES["light"])``): colours are those of the context.
+Draw inside ``themed`` (or ``matplotlib.rc_context(THEMES["light"])``): colors are those of the context.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def axes_figure(xlabel: str, ylabel: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-    """A figure with one pair of labelled axes; ``size`` in inches."""
+    """A figure with one pair of labeled axes; ``size`` in inches."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
     return figure, axes

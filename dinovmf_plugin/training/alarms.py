@@ -23,7 +23,7 @@ _UNIFORM_ADVICE = (
     "larger (rrc.crop_min_scale and crop_max_scale of the augmentations)"
 )
 _ONE_COMPONENT_ADVICE = (
-    "Raise the teacher temperature (method_kwargs.teacher_temperature), let the centre follow faster "
+    "Raise the teacher temperature (method_kwargs.teacher_temperature), let the center follow faster "
     "(method_kwargs.center_momentum, 0.9), lower optimizer.lr, or use normalization=vmf with "
     "centering=probability, under which a prototype cannot win by its norm alone"
 )

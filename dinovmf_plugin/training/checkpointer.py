@@ -74,7 +74,7 @@ class Checkpointer(HostCheckpointer):
 
     The folder holds exactly one ``.ckpt``; the one before it waits in ``previous/`` (all of them with
     ``checkpoint.keep_prev``); files that the run did not write stay as they are. A run that a signal stops
-    (Ctrl-C, SIGTERM) is saved after the current optimiser step as ``<name>-ep<epoch>-step<step>.ckpt`` and
+    (Ctrl-C, SIGTERM) is saved after the current optimizer step as ``<name>-ep<epoch>-step<step>.ckpt`` and
     ends with status 128 + signal.
 
     Args:

@@ -65,7 +65,7 @@ class CropCheck(Callback):
     Changes nothing of the training and draws no random numbers. A resumed run has been looked at.
 
     Args:
-        mean: channel means that the pixels were normalised by.
+        mean: channel means that the pixels were normalized by.
         std: channel deviations.
         large: number of global crops, which come first.
         write: whether to write ``crops.png`` into the run's folder (``pl_module.run_folder``).

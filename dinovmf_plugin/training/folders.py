@@ -172,7 +172,7 @@ def find_checkpoint(cfg: DictConfig) -> Path | None:
     """The newest whole checkpoint of exactly this run, or None.
 
     Of a run that was started afresh several times (``choose_folder``), the last start counts. A truncated
-    file (power loss, full disk) is passed over in favour of the one before it.
+    file (power loss, full disk) is passed over in favor of the one before it.
     """
     folder = _last_start(run_folder(cfg))
     recorded = [folder / name for name in WrittenFiles(folder).names() if name.endswith(".ckpt")]

@@ -34,7 +34,7 @@ class StopRequest:
     where the teacher may lag behind the student and a collective may be under way. So they only note.
 
     Differs from upstream (Lightning): a checkpoint made inside the signal handler, or a broadcast there,
-    may fall between an optimiser step and the teacher's, or between two collectives.
+    may fall between an optimizer step and the teacher's, or between two collectives.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 Known are the keys of this package and of solo-learn (``schema.KEYS``) and the arguments of Lightning's
 Trainer. Below ``method_kwargs``, ``backbone.kwargs``, ``optimizer.kwargs`` and ``augmentations`` the method,
-the network, the optimiser and the data recipe know their own.
+the network, the optimizer and the data recipe know their own.
 
 Differs from upstream: solo-learn trains with the default in place of a misspelt key.
 """
@@ -57,7 +57,7 @@ def _nearest(key: str, known: Iterable[str]) -> str | None:
 
     Example:
         >>> keys = ["data.val_path", "optimizer.lr", "optimizer.weight_decay", "optimizer.batch_size"]
-        >>> [_nearest(key, keys) for key in ("optimizer.weight_decy", "batch_size", "optimiser.lr", "x")]
+        >>> [_nearest(key, keys) for key in ("optimizer.weight_decy", "batch_size", "optimizer.lr", "x")]
         ['optimizer.weight_decay', 'optimizer.batch_size', 'optimizer.lr', None]
     """
     group, _, name = key.rpartition(".")

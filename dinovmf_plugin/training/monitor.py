@@ -49,7 +49,7 @@ class MixtureMonitor(Callback):
       ``largest_duplicate_cosine``, quantiles ``kappa_*`` and ``magnitude_*``, ``negative_g``.
 
     Args:
-        every_n_steps: optimiser steps between records.
+        every_n_steps: optimizer steps between records.
         history_path: file to append every record and alarm to, one JSON object a line (a value that is
             not finite is null); None for no file. Written by rank 0; a relative path starts at the
             run's folder (``pl_module.run_folder``).
@@ -122,7 +122,7 @@ class MixtureMonitor(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Count winners; every ``every_n_steps`` optimiser steps, make a record."""
+        """Count winners; every ``every_n_steps`` optimizer steps, make a record."""
         step: StepRecord | None = getattr(pl_module, "last_step", None)
         if step is None:
             return

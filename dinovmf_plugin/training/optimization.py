@@ -1,4 +1,4 @@
-"""What happens to parameters around an optimiser step: groups, schedules, clipping, freezing, EMA.
+"""What happens to parameters around an optimizer step: groups, schedules, clipping, freezing, EMA.
 
 Sources: DINO (``main_dino.py``, ``utils.py``): schedules per iteration, clipping per parameter, a last layer
 without gradient in the first epochs, and the teacher's EMA after the step.
@@ -97,7 +97,7 @@ def update_schedules(
     constant_lr: bool = False,
     hold_last_layer: bool = False,
 ) -> None:
-    """Write this step's learning rate and weight decay into the optimiser's groups.
+    """Write this step's learning rate and weight decay into the optimizer's groups.
 
     Every group warms up to its own ``peak_lr`` (or stays there); only groups with ``decay`` get weight decay.
     The rate, its end included, is multiplied by the group's ``lr_scale``, if it has one; groups marked
@@ -121,17 +121,17 @@ def make_optimizer(
     weight_decay: float,
     **options: Any,
 ) -> torch.optim.Optimizer:
-    """The optimiser of these groups; Adam and AdamW update all parameters in a few kernels.
+    """The optimizer of these groups; Adam and AdamW update all parameters in a few kernels.
 
     Args:
-        cls: optimiser class.
+        cls: optimizer class.
         groups: parameter groups.
         lr: learning rate of groups that have none.
         weight_decay: of groups that have none.
         options: further arguments; ``fused`` or ``foreach`` among them replace the choice made here.
 
-    Differs from upstream: a fused optimiser would unscale gradients inside its step, after they have
-    been clipped: here the scaler of 16-mixed unscales them before, as for any other optimiser.
+    Differs from upstream: a fused optimizer would unscale gradients inside its step, after they have
+    been clipped: here the scaler of 16-mixed unscales them before, as for any other optimizer.
     """
     parameters = [p for group in groups for p in group["params"]]
     if (

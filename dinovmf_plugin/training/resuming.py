@@ -1,6 +1,6 @@
 """What a checkpoint must have to be resumed, and what may differ from it: refused, or told.
 
-Weights, centre, optimiser moments and progress come from the checkpoint; every value of the config counts as
+Weights, center, optimizer moments and progress come from the checkpoint; every value of the config counts as
 it is given now, learning rates and weight decay included. Schedules are functions of epoch and fraction, so
 that a run goes on where it stood though an epoch has another number of steps.
 """
@@ -25,7 +25,7 @@ _PARTS = {
     "epoch": int,
     "global_step": int,
 }
-# another network, centre or optimiser; the centre of one centring means nothing to another
+# another network, center or optimizer; the center of one centering means nothing to another
 _FIXED = (
     "method",
     "backbone.name",
@@ -35,7 +35,7 @@ _FIXED = (
     "method_kwargs.num_prototypes",
     "method_kwargs.normalization",
     "method_kwargs.centering",
-    "method_kwargs.center_raw_scores",  # the centre's unit
+    "method_kwargs.center_raw_scores",  # the center's unit
     "method_kwargs.prototype_update",
     "method_kwargs.patch_head",
     "method_kwargs.num_patch_prototypes",
@@ -193,8 +193,8 @@ def compare_configs(checkpoint: Mapping[str, Any], saved: Any, now: Any) -> str 
     sentence = f"these values differ from the checkpoint's and count from here on: {told}"
     if steps:
         sentence += (
-            "; an epoch has other steps now: schedules go on by epochs, moments of the optimiser and the "
-            "centre are averages over the old batches"
+            "; an epoch has other steps now: schedules go on by epochs, moments of the optimizer and the "
+            "center are averages over the old batches"
         )
     return sentence
 
@@ -214,7 +214,7 @@ def keep_configured_values(optimizer: torch.optim.Optimizer) -> torch.optim.Opti
     the stored ones, so that a new learning rate is ignored.
 
     Returns:
-        The same optimiser; loading a state of other groups raises a ValueError.
+        The same optimizer; loading a state of other groups raises a ValueError.
     """
     optimizer.register_load_state_dict_pre_hook(_with_configured_values)
     return optimizer

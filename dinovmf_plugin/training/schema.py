@@ -38,7 +38,7 @@ _GROUPS = (
     "method_kwargs",
 )
 OPEN = ("method_kwargs", "backbone.kwargs", "optimizer.kwargs", "augmentations")
-"""What lies below these is known to the method, the network, the optimiser and the data recipe."""
+"""What lies below these is known to the method, the network, the optimizer and the data recipe."""
 # checked elsewhere; the last two are left over in recipes of solo-learn, which does not read them
 _OTHERS = (
     "scheduler.lr_decay_steps",

@@ -25,7 +25,7 @@ def check_umap(cfg: DictConfig) -> None:
     """Make sure that ``auto_umap.enabled=True`` can be served.
 
     Raises:
-        ValueError: if there are no labelled validation images to draw.
+        ValueError: if there are no labeled validation images to draw.
         ImportError: if umap-learn is not installed.
     """
     if not OmegaConf.select(cfg, "auto_umap.enabled"):
@@ -33,7 +33,7 @@ def check_umap(cfg: DictConfig) -> None:
     no_labels = OmegaConf.select(cfg, "data.no_labels", default=False)
     if OmegaConf.select(cfg, "data.val_path") is None or no_labels:
         raise ValueError(
-            "auto_umap.enabled=True draws labelled validation images: set data.val_path, with "
+            "auto_umap.enabled=True draws labeled validation images: set data.val_path, with "
             "data.no_labels=False, or auto_umap.enabled=False"
         )
     if importlib.util.find_spec("umap") is None:

@@ -68,7 +68,7 @@ def check_page(path):
 
 
 @pytest.fixture(scope="module")
-def analysed(tmp_path_factory, plugin_checkpoint, official_checkpoint, image_folders):
+def analyzed(tmp_path_factory, plugin_checkpoint, official_checkpoint, image_folders):
     folder = tmp_path_factory.mktemp("analysis") / "out"
     settings = configured(
         f"checkpoint={plugin_checkpoint}",
@@ -88,8 +88,8 @@ def analysed(tmp_path_factory, plugin_checkpoint, official_checkpoint, image_fol
     return settings, analyze(settings), folder
 
 
-def test_json__holds_what_the_parts_compute(analysed, plugin_checkpoint, image_folders):
-    _, result, folder = analysed
+def test_json__holds_what_the_parts_compute(analyzed, plugin_checkpoint, image_folders):
+    _, result, folder = analyzed
     stored = json.loads((folder / "analysis.json").read_text())
     assert stored.keys() == result.keys()
     model = load_network(plugin_checkpoint, head=True)
@@ -119,8 +119,8 @@ def test_json__holds_what_the_parts_compute(analysed, plugin_checkpoint, image_f
     assert "ours" in format_analysis(stored)
 
 
-def test_tables__have_a_row_per_image_and_per_component(analysed):
-    _, result, folder = analysed
+def test_tables__have_a_row_per_image_and_per_component(analyzed):
+    _, result, folder = analyzed
     images = list(csv.DictReader((folder / "images.csv").open()))
     assert [row["set"] for row in images] == ["train"] * 12 + ["val"] * 8
     assert {row["class"] for row in images} == {"red", "blue"}
@@ -139,8 +139,8 @@ def test_tables__have_a_row_per_image_and_per_component(analysed):
             assert float(row["purity"]) == pytest.approx(max(shares) / len(members))
 
 
-def test_pages__are_complete_and_self_contained(analysed):
-    _, result, folder = analysed
+def test_pages__are_complete_and_self_contained(analyzed):
+    _, result, folder = analyzed
     images, text = check_page(folder / "analysis.html")
     assert result["mixture"]["train"]["components_used"] <= 8
     # 7 charts, every training image in a sheet (at most 10 each), 2 x 5 ranked, 2 attention sheets
@@ -181,8 +181,8 @@ def test_sheets__join_the_copies_of_a_component(image_folders):
     ]
 
 
-def test_output_folder__is_not_mixed_with_other_settings(analysed):
-    settings, _, folder = analysed
+def test_output_folder__is_not_mixed_with_other_settings(analyzed):
+    settings, _, folder = analyzed
     changed = AnalysisSettings(**{**vars(settings), "weights": "uniform"})
     with pytest.raises(ValueError, match="weights"):
         analyze(changed)
@@ -217,7 +217,7 @@ def test_official_checkpoint__and_a_plain_folder(tmp_path, official_checkpoint, 
 @pytest.mark.parametrize(
     ("name", "table"), [(b"L" * 248 + b".png", "parquet"), (b"caf\xe9.png", "csv")]
 )
-def test_legal_file_names__long_or_no_utf8__are_analysed(
+def test_legal_file_names__long_or_no_utf8__are_analyzed(
     tmp_path, official_checkpoint, image_folders, name, table
 ):
     """252 bytes are legal; a temporary file named after one is not, nor a map with its index before it."""
@@ -246,7 +246,7 @@ def test_assign__is_the_arg_max_of_the_model(plugin_checkpoint):
     best = model.prototypes(y, 0.05).topk(2, dim=-1)
     expected = best.indices[:, 0]
     assert torch.equal(assign(model.prototypes, y, 0.05), expected)
-    # the mixture has exact normalisers, the layer those of the expansion: 0.006 apart at p = 8
+    # the mixture has exact normalizers, the layer those of the expansion: 0.006 apart at p = 8
     clear = best.values[:, 0] - best.values[:, 1] > 0.02
     assert clear.sum() > 560
     assert torch.equal(make_mixture(model, "model").assign(y)[clear], expected[clear])

@@ -1,4 +1,4 @@
-"""Embeddings see the pixels of training, and the centre in its units, as the checkpoint tells."""
+"""Embeddings see the pixels of training, and the center in its units, as the checkpoint tells."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_images__are_normalized_as_in_training(plugin_checkpoint, image_folders,
     cifar = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     assert (result["mean"], result["std"]) == cifar
     assert result["comparison"]["ImageNet"]["mean"] == (0.485, 0.456, 0.406)
-    # against the same network on pixels that were normalised by hand
+    # against the same network on pixels that were normalized by hand
     model = load_network(path, head=True)
     pixels = torch.stack(
         [

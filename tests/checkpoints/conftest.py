@@ -80,7 +80,7 @@ class OriginalViT(nn.Module):
 
 
 class OriginalHead(nn.Module):
-    """DINO's and iBOT's head: MLP, unit sphere, weight-normalised prototypes -> logits."""
+    """DINO's and iBOT's head: MLP, unit sphere, weight-normalized prototypes -> logits."""
 
     def __init__(
         self, dim=32, k=24, bn=False, layers=3, patch_k=None, shared=False, parametrized=False

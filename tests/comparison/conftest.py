@@ -35,7 +35,7 @@ EVALUATION = {
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of noise around two colours, ``train`` (6 each) and ``val`` (3 each)."""
+    """Two classes of noise around two colors, ``train`` (6 each) and ``val`` (3 each)."""
     root = tmp_path_factory.mktemp("pictures")
     generator = random.Random(0)
     for part, count in (("train", 6), ("val", 3)):

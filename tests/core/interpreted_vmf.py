@@ -1,4 +1,4 @@
-"""The kernel of the log-normaliser in Triton's interpreter; run by ``test_vmf_kernel``."""
+"""The kernel of the log-normalizer in Triton's interpreter; run by ``test_vmf_kernel``."""
 
 from __future__ import annotations
 

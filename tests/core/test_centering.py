@@ -1,4 +1,4 @@
-"""Centring against slow float64 numpy over several steps, in half precision, and across two processes."""
+"""Centering against slow float64 numpy over several steps, in half precision, and across two processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dinovmf_plugin.core.centering import (
 )
 
 K = 9
-TEMPERATURES = [0.04, 0.055, 0.07]  # the teacher's temperature warms up while the centre moves
+TEMPERATURES = [0.04, 0.055, 0.07]  # the teacher's temperature warms up while the center moves
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -32,7 +32,7 @@ def _batches(steps: int = 3, rows: int = 6) -> tuple[list[torch.Tensor], torch.T
     return scores, -torch.rand(K, generator=generator) * 5
 
 
-# the five centrings as the paper's Eqs. 8 and 9 write them: (scores, tau, bias, c) -> (targets, batch centre)
+# the five centerings, the paper's Eqs. 8 and 9: (scores, tau, bias, c) -> (targets, batch center)
 
 
 def _logit(s, tau, bias, c):
@@ -255,7 +255,7 @@ def test_sinkhorn_without_iterations__named():
 def test_base_class__defines_nothing():
     with pytest.raises(TypeError, match="Centering defines no targets"):
         Centering(K)(torch.zeros(1, K), 0.1)
-    with pytest.raises(TypeError, match="Centering defines no centre"):
+    with pytest.raises(TypeError, match="Centering defines no center"):
         Centering(K).update(torch.zeros(1, K), 0.1)
 
 

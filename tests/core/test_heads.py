@@ -1,4 +1,4 @@
-"""The projection head: the official architecture, its initialisation and names."""
+"""The projection head: the official architecture, its initialization and names."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_init__names_shapes_and_values(normalization):
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     assert shapes == {"weight_v": (500, 64), "weight_g": (500, 1)}
     assert torch.equal(layer.weight_g, torch.ones(500, 1))
-    # torch's default initialisation of a linear layer: uniform in +- 1 / sqrt(p)
+    # torch's default initialization of a linear layer: uniform in +- 1 / sqrt(p)
     bound = 1 / 8
     assert layer.weight_v.abs().max() <= bound
     assert layer.weight_v.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
@@ -79,7 +79,7 @@ def test_forward__vmf_at_initialization__none_up_to_a_constant():
     none, vmf_layer = _layer("none", spread=False), _layer("vmf", spread=False)
     y = _unit()
     difference = vmf_layer(y, TAU) - none(y, TAU)
-    assert difference[0, 0].abs() > 1  # the normaliser is there ...
+    assert difference[0, 0].abs() > 1  # the normalizer is there ...
     assert (difference - difference[0, 0]).abs().max() < 1e-5  # ... and the same for all
     torch.testing.assert_close(
         vmf_layer(y, TAU).softmax(-1), none(y, TAU).softmax(-1), rtol=1e-5, atol=1e-7

@@ -1,4 +1,4 @@
-"""The vMF normaliser against mpmath at 40 digits and scipy: values, derivatives, half precision."""
+"""The vMF normalizer against mpmath at 40 digits and scipy: values, derivatives, half precision."""
 
 from __future__ import annotations
 

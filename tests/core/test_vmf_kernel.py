@@ -1,4 +1,4 @@
-"""The log-normaliser's Triton kernel: values in the interpreter, code for a GPU, and when it is used."""
+"""The log-normalizer's Triton kernel: values in the interpreter, code for a GPU, and when it is used."""
 
 from __future__ import annotations
 

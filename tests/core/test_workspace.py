@@ -64,7 +64,7 @@ def test_idle_blocks__are_given_back():
 
 
 def test_gradient_in_use__survives_the_next_steps():
-    """Gradient accumulation and optimisers hold on to what the loss handed out."""
+    """Gradient accumulation and optimizers hold on to what the loss handed out."""
     first = _step(seed=0)
     kept = {name: value.clone() for name, value in first.items()}
     for seed in (1, 2):

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def smooth_picture(seed: int, height: int, width: int) -> Image.Image:
-    """A colourful picture with soft shapes and some grain."""
+    """A colorful picture with soft shapes and some grain."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=float)
@@ -110,7 +110,7 @@ def data_cfg(folder: Path, multicrop: list[dict[str, Any]]) -> Any:
 
 @pytest.fixture(scope="session")
 def picture() -> Any:
-    """Factory of colourful pictures ``(seed, height, width)``."""
+    """Factory of colorful pictures ``(seed, height, width)``."""
     return smooth_picture
 
 

@@ -25,7 +25,7 @@ RAW = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
 def tiff(samples: bytes, bits: int, sample_format: int = 1, photometric: int = 1) -> bytes:
-    """A grey TIFF of the ramp's size, little-endian, one strip."""
+    """A gray TIFF of the ramp's size, little-endian, one strip."""
     entries = [
         (256, SIDE),
         (257, SIDE),
@@ -87,7 +87,7 @@ FOREIGN = {
     "ico.png": ("ICO", "RGB"),
     "tga.bmp": ("TGA", "RGB"),
     "cmyk.jpg": ("JPEG", "CMYK"),
-    "grey.jpg": ("JPEG", "L"),
+    "gray.jpg": ("JPEG", "L"),
     "ycc.tif": ("TIFF", "YCbCr"),
     "la.tif": ("TIFF", "LA"),
     "one.tif": ("TIFF", "1"),
@@ -131,7 +131,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_deep_grey__upper_eight_bits(files: Path, name: str) -> None:
+def test_deep_gray__upper_eight_bits(files: Path, name: str) -> None:
     levels = np.asarray(open_image(files / "c" / name))
     np.testing.assert_array_equal(levels, np.repeat(UPPER[..., None], 3, axis=-1))
 
@@ -164,7 +164,7 @@ def test_no_levels__named_before_training(tmp_path: Path, check: str) -> None:
 
 
 def test_twelve_bit_jpeg__named_before_training(files: Path, tmp_path: Path) -> None:
-    data = bytearray((files / "c" / "grey.jpg").read_bytes())
+    data = bytearray((files / "c" / "gray.jpg").read_bytes())
     frame = data.index(b"\xff\xc0")
     assert data[frame + 4] == 8
     data[frame + 4] = 12  # bits per sample
@@ -189,7 +189,7 @@ def test_decodable__only_files_that_all_decode_alike_stay(files: Path) -> None:
         else:
             again = Image.open(io.BytesIO(data))
             np.testing.assert_array_equal(np.asarray(again), np.asarray(open_image(path)))
-    assert kept == ["grey.jpg", "palette.png", "rgba.png"]
+    assert kept == ["gray.jpg", "palette.png", "rgba.png"]
 
 
 def _check_dali(root: Path, device: str, tolerance: float) -> None:

@@ -14,14 +14,14 @@ from dinovmf_plugin.data.folders import list_images
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data set of 40 grey squares in a package that is certainly installed."""
+    """A data set of 40 gray squares in a package that is certainly installed."""
     labels = ["bright" if n % 4 == 0 else "dark" for n in range(40)]
     pictures = demo.Pictures(
         labels,
         [f"{n:02d}" for n in range(40)],
         lambda n: Image.new("L", (60, 40), 200 if n % 4 == 0 else 50),
     )
-    fake = demo.DemoDataset("numpy", "none", "grey squares", lambda: pictures)
+    fake = demo.DemoDataset("numpy", "none", "gray squares", lambda: pictures)
     monkeypatch.setitem(demo.DATASETS, "squares", fake)
 
 
@@ -85,7 +85,7 @@ def test_build__bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_main(tmp_path: Path, capsys: Any) -> None:
     demo.main(["--output", str(tmp_path / "d"), "--dataset", "squares"])
     output = capsys.readouterr().out
-    assert "Licence: none." in output
+    assert "License: none." in output
     assert "bright" in output
     with pytest.raises(SystemExit, match="demo data: .* already holds another data set"):
         demo.main(["--output", str(tmp_path / "d"), "--dataset", "squares", "--seed", "9"])

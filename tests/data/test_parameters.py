@@ -48,7 +48,7 @@ def test_boxes__distribution_of_torchvision(
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (300, 300)])
 def test_boxes__fallback_of_torchvision(make_pipeline: Any, height: int, width: int) -> None:
-    """The whole area of a long image has no allowed aspect ratio: the largest centred box that has one."""
+    """The whole area of a long image has no allowed aspect ratio: the largest centered box that has one."""
     drawn = draw([make_pipeline(scale=(1.0, 1.0))], 1, height, width)
     picture = Image.new("RGB", (width, height))
     torch.manual_seed(0)

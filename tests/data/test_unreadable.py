@@ -22,7 +22,7 @@ def mixed(tmp_path: Path, picture: Any) -> Path:
     whole = picture(0, 40, 60)
     for ending in ("jpg", "png", "webp", "bmp", "tiff", "ppm"):
         whole.save(root / f"good.{ending}")
-    whole.convert("L").save(root / "grey.jpg")
+    whole.convert("L").save(root / "gray.jpg")
     whole.convert("RGBA").save(root / "alpha.png")
     whole.convert("CMYK").save(root / "cmyk.jpg")
     jpeg, png = (root / "good.jpg").read_bytes(), (root / "good.png").read_bytes()
@@ -96,6 +96,6 @@ def test_open_image__names_the_file(mixed: Path) -> None:
 
 
 def test_open_image__sixteen_bits_are_scaled(tmp_path: Path, picture: Any) -> None:
-    grey = np.asarray(picture(0, 20, 30).convert("L"))
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "deep.png"))[..., 0], grey)
+    gray = np.asarray(picture(0, 20, 30).convert("L"))
+    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "deep.png"))[..., 0], gray)

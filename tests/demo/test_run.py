@@ -100,13 +100,13 @@ def test_demo__results_and_report(tmp_path, capsys):
         "untrained",
         "pixels",
         "none at all",
-        "Nearest neighbours: dino_vmf",
+        "Nearest neighbors: dino_vmf",
         "Concentrations",
         "Does it learn?",
         "precise components: dino_vmf",
     ):
         assert text in page
-    assert page.count("data:image") > 20  # charts, crops and neighbours
+    assert page.count("data:image") > 20  # charts, crops and neighbors
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
     printed = capsys.readouterr().out

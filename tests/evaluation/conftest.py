@@ -1,4 +1,4 @@
-"""Small labelled image folders and tiny Vision Transformers."""
+"""Small labeled image folders and tiny Vision Transformers."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ CLASSES = ("bar", "blue", "green", "red")
 
 
 def _image(label: int, rng: np.random.Generator, size: int) -> Image.Image:
-    """A coloured square (or a white bar) somewhere on noise."""
+    """A colored square (or a white bar) somewhere on noise."""
     pixels = rng.integers(0, 90, (size, size, 3))
     row, column = rng.integers(0, size // 2, 2)
     if label == 0:

@@ -26,8 +26,8 @@ def digits(tmp_path_factory):
         for digit in range(10):
             (root / name / str(digit)).mkdir(parents=True)
             for i, row in enumerate(np.flatnonzero(labels == digit)[first:last]):
-                grey = Image.fromarray((images[row].reshape(8, 8) * 15.9).astype(np.uint8))
-                picture = grey.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+                gray = Image.fromarray((images[row].reshape(8, 8) * 15.9).astype(np.uint8))
+                picture = gray.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
                 picture.save(root / name / str(digit) / f"{i:02}.png")
                 tensor = normalize(to_tensor(picture), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
                 features.append(F.interpolate(tensor[None], (32, 32), mode="bilinear").flatten())

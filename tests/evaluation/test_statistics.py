@@ -1,4 +1,4 @@
-"""Images are normalised by the statistics that the checkpoint was trained with."""
+"""Images are normalized by the statistics that the checkpoint was trained with."""
 
 import json
 import pickle
@@ -58,7 +58,7 @@ def test_features_settings_and_cache(compose, run_overrides, checkpoint, folders
     cache = checkpoint.parent / "cache"
     overrides += [f"cache_dir={cache}", "evaluations=[knn]"]
     result = evaluate(compose("evaluate", *overrides, "baselines=[untrained,pixels]"))
-    words = f"normalisation by mean {MEAN} and std {STD}"
+    words = f"normalization by mean {MEAN} and std {STD}"
     for found in (result["knn"], result["baselines"]["untrained"]["knn"]):
         assert (found["settings"]["mean"], found["settings"]["std"]) == (MEAN, STD)
         assert words in found["transform"]
@@ -71,7 +71,7 @@ def test_features_settings_and_cache(compose, run_overrides, checkpoint, folders
     # the same weights, another config beside them: other features
     (checkpoint.parent / "args.json").unlink()
     again = evaluate(compose("evaluate", *overrides))["knn"]
-    assert "ImageNet normalisation" in again["transform"]
+    assert "ImageNet normalization" in again["transform"]
     (path,) = set(cache.glob("val-*")) - before
     imagenet = _by_hand(folders[1], vit_file, IMAGENET_MEAN, (0.229, 0.224, 0.225))
     torch.testing.assert_close(load_feature_file(path)[0], imagenet, atol=1e-4, rtol=0)

@@ -111,8 +111,8 @@ def test_fewer_queries_than_a_hundred_and_one_query():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ks": [10, 51]}, "51 neighbours, but the bank holds only 50"),
-        ({"ks": []}, "at least one number of neighbours"),
+        ({"ks": [10, 51]}, "51 neighbors, but the bank holds only 50"),
+        ({"ks": []}, "at least one number of neighbors"),
         ({"ks": [0]}, "each at least 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         (

@@ -42,7 +42,7 @@ def test_extra_backbone__is_in_the_hosts_table(tiny_cfg, build):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Two classes that differ in colour: 2 x 6 for training, 2 x 2 for validation."""
+    """Two classes that differ in color: 2 x 6 for training, 2 x 2 for validation."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 2)):

@@ -1,4 +1,4 @@
-"""DINO's loss with every normalisation and centring: against lightly, and against slow numpy."""
+"""DINO's loss with every normalization and centering: against lightly, and against slow numpy."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _step(
 
 @pytest.mark.parametrize("normalization", ["none", "l2"])
 @pytest.mark.parametrize("local_crops", [0, 1, 6])
-def test_none_and_l2_with_logit_centring__equal_lightly(normalization, local_crops):
-    """Value, centre, and every parameter of the head after each of two optimiser steps."""
+def test_none_and_l2_with_logit_centering__equal_lightly(normalization, local_crops):
+    """Value, center, and every parameter of the head after each of two optimizer steps."""
     torch.manual_seed(0)
     views, batch, k = 2 + local_crops, 4, 40
     frozen = normalization == "l2"
@@ -220,7 +220,7 @@ def test_every_cell__two_steps__values_and_gradients_equal_numpy(normalization, 
 
 @pytest.mark.parametrize("centering_name", ["logit", "probability"])
 def test_vmf_at_initialization__equals_none(centering_name):
-    """All magnitudes 1: the normaliser is one constant, which softmax and centre do not see."""
+    """All magnitudes 1: the normalizer is one constant, which softmax and center do not see."""
     losses, gradients = [], []
     for normalization in ("none", "vmf"):
         torch.manual_seed(0)

@@ -36,7 +36,7 @@ CASES = {
         },
         TILES.stages[1],
     ),
-    "log-normaliser": (normalizer_kernel, {"BLOCK": 1024}, 1),
+    "log-normalizer": (normalizer_kernel, {"BLOCK": 1024}, 1),
 }
 
 
@@ -81,5 +81,5 @@ def test_code_for_an_h100(case, tmp_path):
         check=True,
     ).stderr
     assert re.findall(r"(\d+) bytes spill stores", told) == ["0"], told
-    if case != "log-normaliser":
+    if case != "log-normalizer":
         assert "wgmma.mma" in code.asm["ptx"]

@@ -52,7 +52,7 @@ def _logits(y: Tensor, v: Tensor, g: Tensor, tau: float, vmf: bool) -> Tensor:
 
 
 def _slow_targets(l_t: Tensor, centering: str, vmf: bool, center: Tensor) -> Tensor:
-    """Eqs. 8 and 9 with ``center`` as the plugin stores it; Sinkhorn by plain normalisations."""
+    """Eqs. 8 and 9 with ``center`` as the plugin stores it; Sinkhorn by plain normalizations."""
     if centering == "sinkhorn":
         q = l_t.exp()
         for _ in range(3):
@@ -75,7 +75,7 @@ def _slow_loss(student: Tensor, targets: Tensor, masks: Tensor) -> Tensor:
     return total / len(masks)
 
 
-# ---- value, centre, parameters -------------------------------------------------------------------
+# ---- value, center, parameters -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("normalization", "centering"), CELLS)
@@ -130,8 +130,8 @@ def test_patch_loss__two_steps__equals_formula(normalization, centering):
 
 
 @pytest.mark.parametrize("normalization", ["none", "l2"])
-def test_patch_loss__logit_centring__equals_lightly(normalization):
-    """Given a centre, lightly (as DINOv2) forms the same loss; its centre sees masked patches only."""
+def test_patch_loss__logit_centering__equals_lightly(normalization):
+    """Given a center, lightly (as DINOv2) forms the same loss; its center sees masked patches only."""
     lightly = pytest.importorskip("lightly.loss.ibot_loss")
     masks = torch.zeros(IMAGES, 3, 3, dtype=torch.bool)
     masks.view(IMAGES, PATCHES)[_masks()] = True
@@ -236,7 +236,7 @@ def test_no_tensor__holds_the_logits_of_all_patches(normalization, centering, mo
 
 
 def _rank(rank: int, centering: str, unmasked: bool) -> dict[str, Tensor]:
-    """One rank's half of the images: loss, averaged gradients, centre."""
+    """One rank's half of the images: loss, averaged gradients, center."""
     return _half(slice(2 * rank, 2 * rank + 2), centering, unmasked, average=True)
 
 

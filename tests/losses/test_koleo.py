@@ -1,4 +1,4 @@
-"""The spread term against scipy's neighbours, gradcheck, and what it is for: copies part."""
+"""The spread term against scipy's neighbors, gradcheck, and what it is for: copies part."""
 
 from __future__ import annotations
 

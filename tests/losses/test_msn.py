@@ -42,7 +42,7 @@ def _slow_logits(y: Tensor, v: Tensor, g: Tensor, tau: float, vmf: bool) -> Tens
 
 
 def _slow_sharpened(l_target: Tensor, l_plain: Tensor, vmf: bool) -> Tensor:
-    """MSN: softmax at 0.1 to the power 1 / 0.25, normalised; vMF: the mixture's posterior at 0.025."""
+    """MSN: softmax at 0.1 to the power 1 / 0.25, normalized; vMF: the mixture's posterior at 0.025."""
     if vmf:
         return l_target.softmax(-1)
     p = l_plain.softmax(-1) ** (1 / SHARPEN)
@@ -112,7 +112,7 @@ def test_msn_loss__l2_and_sinkhorn__equals_lightly(weight):
     lightly = pytest.importorskip("lightly.loss.msn_loss")
     theirs = lightly.MSNLoss(temperature=TAU, regularization_weight=weight)
     layer, y_t = _prototypes("l2"), _units(IMAGES, DIM, seed=1)
-    raw = torch.randn(VIEWS, IMAGES, DIM, requires_grad=True)  # lightly normalises inside
+    raw = torch.randn(VIEWS, IMAGES, DIM, requires_grad=True)  # lightly normalizes inside
     anchors = F.normalize(raw, dim=-1)
     targets = msn_targets(make_centering("sinkhorn", K), layer, y_t, TAU * SHARPEN)
     cross_entropy, gap = msn_loss(anchors, layer, targets, TAU)

@@ -57,7 +57,7 @@ def test_cells__are_two_config_keys(tiny_cfg, build):
 def test_loss__every_cell_two_steps__equals_plain_formula(
     tiny_cfg, make_crops, build, fit, normalization, centering
 ):
-    """The method's own loss, from its embeddings, in float64 and pair by pair, the centre included."""
+    """The method's own loss, from its embeddings, in float64 and pair by pair, the center included."""
     cfg = tiny_cfg(
         **_cell(normalization, centering),
         **{"backbone.kwargs.drop_path_rate": 0.0, "method_kwargs.center_momentum": 0.5},
@@ -87,7 +87,7 @@ def test_loss__every_cell_two_steps__equals_plain_formula(
                 for x in crops[:2]
             ]
             l_t = logits(torch.cat(teacher), module.momentum_head.last_layer, tau_t)
-            # no normaliser: Eq. 8 centres the raw scores, i.e. before the temperature
+            # no normalizer: Eq. 8 centers the raw scores, i.e. before the temperature
             unit = tau_t if centering == "logit" and normalization != "vmf" else 1.0
             targets = (l_t - center / unit).softmax(-1)
             if centering == "logit":

@@ -1,4 +1,4 @@
-"""Prototypes that EM moves: what the optimiser does not touch, training, starts, checkpoints, bad keys."""
+"""Prototypes that EM moves: what the optimizer does not touch, training, starts, checkpoints, bad keys."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_twenty_steps__finite_and_learning(small_cfg, make_crops, build, fit, me
 
 
 def trainer_has_no_prototypes(module: Any) -> bool:
-    """Whether the optimiser holds no prototype."""
+    """Whether the optimizer holds no prototype."""
     held = {id(p) for g in module.trainer.optimizers[0].param_groups for p in g["params"]}
     return not held & {id(p) for p in module.head.last_layer.parameters()}
 

@@ -1,4 +1,4 @@
-"""The wiring of ibot and ibot_vmf: masks, tokens, both losses, and what the optimiser does."""
+"""The wiring of ibot and ibot_vmf: masks, tokens, both losses, and what the optimizer does."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class SlowIBOT:
         self.optimizer = None
 
     def targets(self, y: Tensor, tau: float, name: str, used: Tensor | None = None) -> Tensor:
-        """Targets of the rows that are ``used``; the centre sees all of them, afterwards."""
+        """Targets of the rows that are ``used``; the center sees all of them, afterwards."""
         layer, centering = self.module.momentum_head.last_layer, self.s.centering
         l_t = _slow_logits(y, layer, tau)
         rows = l_t if used is None else l_t[used]
@@ -175,7 +175,7 @@ class SlowIBOT:
 def test_fit__two_steps__equals_slow_loop(
     tiny_cfg, crop_loader, build, fit, normalization, centering
 ):
-    """Losses, centres, and all parameters of student and teacher."""
+    """Losses, centers, and all parameters of student and teacher."""
     cfg = tiny_cfg(
         "ibot",
         **PLAIN,
@@ -217,8 +217,8 @@ def test_fit__two_steps__equals_slow_loop(
     assert module.mask_token.abs().max() > 0
 
 
-def test_loss__first_step__vmf_equals_none_up_to_the_centring(tiny_cfg, make_crops, build):
-    """All magnitudes are 1 at the start: the normaliser is a constant."""
+def test_loss__first_step__vmf_equals_none_up_to_the_centering(tiny_cfg, make_crops, build):
+    """All magnitudes are 1 at the start: the normalizer is a constant."""
     _, crops, _ = make_crops()
     losses = []
     for normalization in ("none", "vmf"):

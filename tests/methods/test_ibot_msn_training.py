@@ -185,7 +185,7 @@ def test_fit__twenty_steps__finite_and_falling(small_cfg, build, fit, method):
 
 @pytest.mark.parametrize("method", ["ibot_vmf", "msn_vmf"])
 def test_fit__bf16__close_to_float32(small_cfg, make_crops, build, method):
-    """Autocast changes products only: softmax, normaliser, centres and losses stay float32."""
+    """Autocast changes products only: softmax, normalizer, centers and losses stay float32."""
     module = build(small_cfg(method, **{"backbone.kwargs.drop_path_rate": 0.0}))
     _, crops, _ = make_crops()
     losses = []

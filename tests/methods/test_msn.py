@@ -1,4 +1,4 @@
-"""The wiring of msn and msn_vmf: which view is what, statistics of BatchNorm, and the optimiser's part."""
+"""The wiring of msn and msn_vmf: which view is what, statistics of BatchNorm, and the optimizer's part."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_heads__use_batch_statistics_in_training_only(msn_cfg, crop_loader, buil
     assert not torch.equal(after, module.head.state_dict()["mlp.1.running_mean"])
 
 
-def test_batch_norm__of_both_heads_is_synchronised_by_the_recipes(build, tmp_path):
+def test_batch_norm__of_both_heads_is_synchronized_by_the_recipes(build, tmp_path):
     from hydra import compose, initialize_config_module
 
     from dinovmf_plugin.pretraining import build_trainer

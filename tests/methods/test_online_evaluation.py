@@ -39,7 +39,7 @@ def test_labels__some_unknown__ignored(tiny_cfg, make_crops, build, fit):
     assert bool(torch.isfinite(trainer.callback_metrics["train_class_loss"]))
     # the bank of the online kNN: both views; unknown labels are left out when it is asked
     assert torch.cat(module.knn.train_targets).tolist() == [1, -1, 2, -1] * 2
-    # a classifier that always says 1: the accuracy is that of the labelled images
+    # a classifier that always says 1: the accuracy is that of the labeled images
     with torch.no_grad():
         module.classifier.weight.zero_()
         module.classifier.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
@@ -60,7 +60,7 @@ def test_online_knn__looks_at_the_teacher(tiny_cfg, make_crops, build, fit):
 
 
 def test_validation__student_classifier_and_teacher_knn(tiny_cfg, make_crops, build, fit):
-    """Validation images are the training images: 1-nearest-neighbour must be perfect."""
+    """Validation images are the training images: 1-nearest-neighbor must be perfect."""
     module = build(
         tiny_cfg(
             max_epochs=1,

@@ -1,4 +1,4 @@
-"""Which parameters the optimiser gets, and which of them decay."""
+"""Which parameters the optimizer gets, and which of them decay."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ DINOV2 = {
 def test_four_epochs__equal_two_plus_two(
     tiny_cfg, crop_loader, build, fit, tmp_path, method, accumulate, more
 ):
-    """Weights, centre, optimiser, EMA, schedules and drop path: bit for bit, after a crash."""
+    """Weights, center, optimizer, EMA, schedules and drop path: bit for bit, after a crash."""
     steps = 2 * accumulate
     kwargs = {"accumulate_grad_batches": accumulate}
     whole, whole_log = build(saving_cfg(tiny_cfg, tmp_path / "whole", method, **more)), Log()

@@ -82,7 +82,7 @@ def test_gpu__step__waits_for_nothing(tiny_cfg, crop_loader, build, fit, method)
 
 
 def test_update__is_a_handful_whatever_the_depth(tiny_cfg, crop_loader, build, fit):
-    """Clipping, optimiser and EMA: lists of tensors, not one kernel per tensor."""
+    """Clipping, optimizer and EMA: lists of tensors, not one kernel per tensor."""
     counted = count(tiny_cfg, crop_loader, build, fit, "dino_vmf")
     assert counted.phases["update"].total < 20, counted.phases["update"].operations
     assert counted.phases["after"].operations["aten::_foreach_lerp_"] == 2  # backbone and head

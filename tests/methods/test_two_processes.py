@@ -1,4 +1,4 @@
-"""Every method in two gloo processes: losses, centres and gradients of one process on the joined batch."""
+"""Every method in two gloo processes: losses, centers and gradients of one process on the joined batch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _content_masks(images: Tensor) -> Tensor:
     return patches > 0.06
 
 
-def _synchronised(self: torch.nn.BatchNorm1d, x: Tensor) -> Tensor:
+def _synchronized(self: torch.nn.BatchNorm1d, x: Tensor) -> Tensor:
     """What SyncBatchNorm does, on GPUs only, in training mode; for as many rows on every rank."""
     import torch.distributed.nn.functional as across
 
@@ -107,7 +107,7 @@ def _rank(rank: int, cfg: Any, state: dict[str, Tensor], batches: list[Any]) -> 
     strategy = DDPStrategy(process_group_backend="gloo")
     with (
         mock.patch.dict(os.environ, place),  # as Lightning's own launcher tells its processes
-        mock.patch.object(torch.nn.BatchNorm1d, "forward", _synchronised),
+        mock.patch.object(torch.nn.BatchNorm1d, "forward", _synchronized),
     ):
         losses, state = _train(module, mine, strategy=strategy, devices=2)
     torch.distributed.all_reduce(losses)
@@ -116,7 +116,7 @@ def _rank(rank: int, cfg: Any, state: dict[str, Tensor], batches: list[Any]) -> 
 
 @pytest.mark.parametrize("case", CASES)
 def test_fit__two_ddp_processes__equal_the_joined_batch(small_cfg, make_crops, build, ddp, case):
-    """Losses, centres, and through SGD the gradients of all parameters."""
+    """Losses, centers, and through SGD the gradients of all parameters."""
     method, overrides = CASES[case]
     cfg = small_cfg(
         method,

@@ -49,7 +49,7 @@ def test_power_of_a_density__is_a_temperature():
     for tau in (0.04, 0.1, 1 / mean):
         power = 1 / (tau * mean)
         at_power = VMFMixture(directions, power * kappa, torch.zeros(4)).responsibilities(y)
-        # the layer's normaliser is an expansion: 8 dimensions need its second order
+        # the layer's normalizer is an expansion: 8 dimensions need its second order
         layer.order = 2
         torch.testing.assert_close(layer(y, tau).softmax(-1), at_power, atol=1e-3, rtol=0)
     # the temperature 1 / mean kappa is the data's mixture itself

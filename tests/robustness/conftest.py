@@ -264,7 +264,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 @pytest.fixture
 def assert_same_run() -> Any:
-    """Two final checkpoints hold the same weights, centres, optimiser, progress and loader position."""
+    """Two final checkpoints hold the same weights, centers, optimizer, progress and loader position."""
 
     def check(a: dict[str, Any], b: dict[str, Any]) -> None:
         found = differences(a["state_dict"], b["state_dict"], "state_dict")

@@ -35,7 +35,7 @@ def _content_masks(images: Tensor) -> Tensor:
 
 @pytest.fixture
 def train(tiny_cfg, build, fit, make_crops) -> Any:
-    """Optimiser steps on eight pictures each, whole or in halves; returns the module and how it began."""
+    """Optimizer steps on eight pictures each, whole or in halves; returns the module and how it began."""
 
     def run(method: str, halves: bool, steps: int = 2, **more: Any) -> Any:
         overrides = {**SEPARABLE, **more}
@@ -90,7 +90,7 @@ def test_two_halves__are_the_batch(method, train):
     ],
 )
 def test_what_needs_the_whole_batch__differs(method, key, value, train):
-    """Guards the documentation: centre, BatchNorm, Sinkhorn and me-max are those of a micro-batch."""
+    """Guards the documentation: center, BatchNorm, Sinkhorn and me-max are those of a micro-batch."""
     (whole, _), (halves, _) = (train(method, h, **{key: value}) for h in (False, True))
     assert _distance(whole, halves) > 1e-5
 

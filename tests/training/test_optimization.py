@@ -1,4 +1,4 @@
-"""What happens around an optimiser step: groups, schedules per step, clipping, freezing, EMA."""
+"""What happens around an optimizer step: groups, schedules per step, clipping, freezing, EMA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPOCHS, STEPS = 4, 3
 
 
 class Steps(Callback):
-    """What there was before every optimiser step, and right after it (before the teacher moves)."""
+    """What there was before every optimizer step, and right after it (before the teacher moves)."""
 
     def __init__(self) -> None:
         self.before: list[dict[str, Any]] = []
@@ -252,7 +252,7 @@ def test_clip_per_parameter__gradients_of_two_dtypes():
         assert float(parameter.grad.norm()) == pytest.approx(1, rel=1e-2)
 
 
-# ---- the optimiser -------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
@@ -282,7 +282,7 @@ def test_make_optimizer__others_have_no_fused_default():
 
 
 class Gradients(Callback):
-    """Gradient norms as the optimiser saw them: they stay until the next step's ``zero_grad``."""
+    """Gradient norms as the optimizer saw them: they stay until the next step's ``zero_grad``."""
 
     def __init__(self) -> None:
         self.norms: list[dict[str, float]] = []
@@ -350,7 +350,7 @@ def test_last_layer__frozen_for_the_first_epochs_then_moves(tiny_cfg, crop_loade
     for i, after in enumerate(watch.after):
         for name in ("head.last_layer.weight_v", "head.last_layer.weight_g"):
             frozen = i < 4  # two epochs of two steps
-            # not even weight decay moves it: the optimiser sees no gradient at all
+            # not even weight decay moves it: the optimizer sees no gradient at all
             assert torch.equal(after[name], first[name]) is frozen, (i, name)
             assert (name in gradients.norms[i]) is not frozen
         assert not torch.equal(after["head.mlp.0.weight"], first["head.mlp.0.weight"])

@@ -164,7 +164,7 @@ def test_compare__another_network_or_optimizer__refused(key, value):
         _compare(_cfg(**{key: value}))
 
 
-# ---- the optimiser -------------------------------------------------------------------------------
+# ---- the optimizer -------------------------------------------------------------------------------
 
 
 def _trained(cls: Any, **options: Any) -> tuple[torch.optim.Optimizer, nn.Module]:

@@ -116,7 +116,7 @@ def test_run__the_same_with_and_without(pictures, tmp_path, monkeypatch):
 def test_nothing_to_draw__one_sentence(pictures, tmp_path, override):
     cfg = _recipe(pictures, tmp_path, "+auto_umap.enabled=True", override)
     with pytest.raises(
-        ValueError, match=r"auto_umap\.enabled=True draws labelled .* data\.val_path"
+        ValueError, match=r"auto_umap\.enabled=True draws labeled .* data\.val_path"
     ):
         parse_cfg(cfg)
 

@@ -1,7 +1,7 @@
-"""Colour jitter and greyscale as one affine map of the pixels.
+"""Color jitter and grayscale as one affine map of the pixels.
 
-Brightness, contrast, saturation and greyscale are linear in the pixel and the mean pixel of the
-crop, and the hue shift is close to a rotation about the grey axis. Any order of them is ``x' = A x
+Brightness, contrast, saturation and grayscale are linear in the pixel and the mean pixel of the
+crop, and the hue shift is close to a rotation about the gray axis. Any order of them is ``x' = A x
 + B m`` with two 3 x 3 matrices, so an accelerated pipeline needs one pass over the pixels instead
 of five.
 """
@@ -17,7 +17,7 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def hue_rotation(turns: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Rotation of RGB about the grey axis, ``(...,)`` turns -> ``(..., 3, 3)``.
+    """Rotation of RGB about the gray axis, ``(...,)`` turns -> ``(..., 3, 3)``.
 
     Exact for the hue shift of the HSV model at multiples of a third of a turn (a permutation of the
     channels) and its natural interpolation between.
@@ -28,9 +28,9 @@ def hue_rotation(turns: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         True
     """
     angle = 2.0 * np.pi * np.asarray(turns)[..., None, None]
-    grey = np.full((3, 3), 1.0 / 3.0)
+    gray = np.full((3, 3), 1.0 / 3.0)
     cross = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / np.sqrt(3.0)
-    return grey + np.cos(angle) * (np.eye(3) - grey) + np.sin(angle) * cross
+    return gray + np.cos(angle) * (np.eye(3) - gray) + np.sin(angle) * cross
 
 
 def color_matrices(

@@ -154,7 +154,7 @@ def crop_inputs(batch: EncodedBatch, recipe: Recipe, *, seed: int, epoch: int) -
 
 
 def center_inputs(batch: EncodedBatch, transform: CenterCrop) -> Inputs:
-    """Inputs of the evaluation pipeline: the images and their centred boxes in source pixels.
+    """Inputs of the evaluation pipeline: the images and their centered boxes in source pixels.
 
     Args:
         batch: encoded images.

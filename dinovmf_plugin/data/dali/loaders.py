@@ -204,14 +204,14 @@ class DALILoader(ResumableLoader):
 
 
 class DALIEvaluationLoader:
-    """All images once, in order, resized, centre-cropped and normalised by DALI.
+    """All images once, in order, resized, center-cropped and normalized by DALI.
 
     Yields ``(images (B, 3, size, size) float32, targets (B,) int64)``; the last batch is as small
     as it is.
 
     Args:
         images: where they come from.
-        transform: by default Resize 256 bicubic, centre crop 224, ImageNet statistics.
+        transform: by default Resize 256 bicubic, center crop 224, ImageNet statistics.
         batch_size: images per batch.
         device: ``cpu`` or ``gpu``.
         device_id: index of the GPU; the current one by default.

@@ -4,8 +4,8 @@ Random numbers come in as inputs (see ``dali_feed``); the graphs only compute pi
 operations of ``transforms.make_crop``:
 
 * crop, antialiased resize and flip are one ``resize`` with a region of interest;
-* colour jitter and greyscale are one affine map of the pixels (see ``color``), clipped once;
-* blur with PIL's radius as standard deviation; solarisation; equalisation; normalisation to CHW
+* color jitter and grayscale are one affine map of the pixels (see ``color``), clipped once;
+* blur with PIL's radius as standard deviation; solarisation; equalisation; normalization to CHW
   float32.
 """
 

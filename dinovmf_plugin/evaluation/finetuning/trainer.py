@@ -152,7 +152,7 @@ def training_loader(
         processes: this process among its siblings.
         num_workers: worker processes.
         seed: of the order.
-        statistics: what the images are normalised by.
+        statistics: what the images are normalized by.
 
     Raises:
         ValueError: if the batch is no multiple of the processes, or larger than what an epoch draws.

@@ -35,7 +35,7 @@ def knn_rows(ours: Mapping[str, Any], paper: Sequence[PaperRow]) -> Table:
 
 def knn_chart(ours: Mapping[str, Any]) -> Figure:
     """Accuracy against k."""
-    figure, axes = axes_figure("k (neighbours)", "top-1 accuracy (%)")
+    figure, axes = axes_figure("k (neighbors)", "top-1 accuracy (%)")
     for name, result in ours.items():
         ks = _ks(result)
         axes.plot([int(k[1:]) for k in ks], [result[k]["top1"] for k in ks], "o-", label=name)

@@ -1,7 +1,7 @@
 """Many linear classifiers trained at once on the same frozen features.
 
 All learning rates of a grid share one matrix product per feature: their weights are one tensor
-``(P, C, D)``. Their losses are summed, so that their gradients stay apart, and the optimiser updates views
+``(P, C, D)``. Their losses are summed, so that their gradients stay apart, and the optimizer updates views
 of that tensor with one learning rate each: the same numbers as P separate trainings.
 """
 
@@ -62,7 +62,7 @@ class ProbeBank:
         self.bias = torch.zeros(probes, num_classes, device=device, requires_grad=True)
         groups: list[dict[str, Any]] = []
         self.gradients: list[Tensor] = []
-        # torch's optimiser sees P separate parameters that share storage with the stacked tensors
+        # torch's optimizer sees P separate parameters that share storage with the stacked tensors
         for whole in (self.weight, self.bias):
             whole.grad = gradient = torch.zeros_like(whole)
             self.gradients.append(gradient)
@@ -87,7 +87,7 @@ class ProbeBank:
         losses = F.cross_entropy(
             logits.transpose(1, 2), labels.expand(len(logits), -1), reduction="none"
         ).mean(dim=1)
-        for gradient in self.gradients:  # in place: the optimiser's views share this memory
+        for gradient in self.gradients:  # in place: the optimizer's views share this memory
             gradient.zero_()
         losses.sum().backward()
         if distributed:

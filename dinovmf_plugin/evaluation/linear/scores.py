@@ -2,7 +2,7 @@
 
 Protocol (DINO's linear evaluation; Tables 2 and 9-11): SGD with momentum 0.9 and no weight decay, batch
 1024, 100 epochs, learning rate ``0.001 * batch / 256`` on a cosine to zero per epoch; random resized
-crops (8-100 %, bilinear) and flips; validation on resize 256 (bicubic) and centre crop 224. The official
+crops (8-100 %, bilinear) and flips; validation on resize 256 (bicubic) and center crop 224. The official
 number is the best validation epoch. The paper does not state a learning rate for its own models: a
 grid is trained in one pass, and the results say which learning rate, which epoch, and who chose.
 """

@@ -1,7 +1,7 @@
 """Few-shot accuracy of frozen features: multinomial logistic regression as in MSN.
 
 Protocol (MSN's logistic evaluation; the paper's Tables 3, 12 and 13): CLS before the final norm,
-every feature centred by its own mean over the dimensions and l2-normalised, softmax regression without
+every feature centered by its own mean over the dimensions and l2-normalized, softmax regression without
 intercept, ``mean log-loss + lambd / (2 N) * ||W||^2`` with lambd = 0.075; top-1 on the validation set.
 """
 
@@ -51,16 +51,16 @@ def few_shot_accuracy(
     tol: float = 1e-6,
     max_iter: int = 1000,
 ) -> float:
-    """Top-1 accuracy in percent of a classifier trained on a few labelled features.
+    """Top-1 accuracy in percent of a classifier trained on a few labeled features.
 
     Args:
-        train_features: ``(N, D)``, raw features of the labelled images.
+        train_features: ``(N, D)``, raw features of the labeled images.
         train_labels: ``(N,)`` integers, any values.
         test_features: ``(M, D)``.
         test_labels: ``(M,)``.
         lambd: MSN's argument: the l2 strength of the *mean* loss is ``lambd / N``, which is
             scikit-learn's ``C = 1 / lambd``.
-        preprocess: centre and normalise each feature, as the protocol does.
+        preprocess: center and normalize each feature, as the protocol does.
         tol: of the solver (lbfgs on the mean loss): largest entry of the gradient.
         max_iter: of the solver.
 

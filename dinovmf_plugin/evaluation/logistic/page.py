@@ -61,7 +61,7 @@ def transfer_details(ours: Mapping[str, Any]) -> Table:
 
 def few_shot_chart(ours: Mapping[str, Any]) -> Figure:
     """Mean and spread over the splits as bars."""
-    figure, axes = axes_figure("labelled images", "top-1 accuracy (%)")
+    figure, axes = axes_figure("labeled images", "top-1 accuracy (%)")
     for i, (name, result) in enumerate(ours.items()):
         entries = list(result["top1"].values())
         means, spread = ([entry[key] for entry in entries] for key in ("mean", "std"))

@@ -48,7 +48,7 @@ def class_scores(labels: Labels, predicted: Labels) -> tuple[float, float]:
 def multinomial_regression(
     strength: float, num_classes: int, *, intercept: bool, tol: float, max_iter: int
 ) -> LogisticRegression:
-    """Softmax regression that minimises ``sum of log-losses + strength / 2 * ||W||^2``.
+    """Softmax regression that minimizes ``sum of log-losses + strength / 2 * ||W||^2``.
 
     For two classes scikit-learn fits one vector ``d = w_1 - w_0``; the softmax optimum has ``w_1 = -w_0``
     and so ``||W||^2 = d^2 / 2``: half the strength on ``d`` gives the same classifier.

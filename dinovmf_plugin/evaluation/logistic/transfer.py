@@ -6,7 +6,7 @@ chooses by 5-fold cross-validation on the training set (Ericsson et al. by one v
 fits once on the whole training set. Folds are stratified.
 
 The features' common offset, which is large where CLS tokens are raw, is subtracted before a fit: the
-intercept is not penalised, so the optimum is the same, and lbfgs gets there in a fraction of the
+intercept is not penalized, so the optimum is the same, and lbfgs gets there in a fraction of the
 iterations. 5,000 x 384 features of 100 classes take 85 s of one core (``results/benchmark_transfer.json``).
 """
 
@@ -123,7 +123,7 @@ def cross_validated_accuracy(
         weight_decays: candidate strengths of ``sum of log-losses + strength / 2 * ||W||^2``.
         folds: stratified folds.
         select: ``top1`` or ``mean_per_class``: the cross-validated score that chooses. Of equal ones
-            the stronger regularisation wins.
+            the stronger regularization wins.
         seed: of the shuffle before the folds are cut.
         tol: of the solver (lbfgs on the mean loss): largest entry of the gradient.
         max_iter: of each fit; fits start from the previous strength's solution.
@@ -141,7 +141,7 @@ def cross_validated_accuracy(
             label never occurs in training.
 
     Differs from upstream: five folds instead of one split (the paper), and from strong to weak
-    regularisation instead of the other way, which needs fewer iterations.
+    regularization instead of the other way, which needs fewer iterations.
     """
     x, y = as_arrays(train_features, train_labels, name, np.float64)
     x_test, y_test = as_arrays(test_features, test_labels, f"test set of {name}", np.float64)

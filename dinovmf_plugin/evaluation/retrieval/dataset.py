@@ -207,7 +207,7 @@ def read_image(path: Path, imsize: int | None, box: Box | None = None) -> tuple[
             need, so that things keep their scale, as the revisited benchmark's baselines do.
 
     Returns:
-        The RGB image and whether its file was truncated (then the missing part is grey).
+        The RGB image and whether its file was truncated (then the missing part is gray).
 
     Raises:
         ValueError: if the file is not an image, or the box lies outside it.

@@ -41,9 +41,9 @@ def global_descriptor(vit: nn.Module, images: Tensor, scales: Sequence[float] = 
 
     Args:
         vit: a timm ``VisionTransformer``, or a module whose output ``(B, D)`` is the feature.
-        images: normalised images ``(B, 3, H, W)``.
+        images: normalized images ``(B, 3, H, W)``.
         scales: factors by which the images are resized (bilinear); the raw CLS tokens are averaged
-            before the one l2 normalisation, as DINO has it.
+            before the one l2 normalization, as DINO has it.
 
     Returns:
         ``(B, D)`` unit vectors.
@@ -82,7 +82,7 @@ class ExtractionReport(TypedDict):
 
 
 class ImageFiles(Dataset[tuple[int, Tensor, bool]]):
-    """Image files, shrunk and normalised: ``(index, image (3, H, W), whether it was truncated)``."""
+    """Image files, shrunk and normalized: ``(index, image (3, H, W), whether it was truncated)``."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ __all__ = ["draw_rankings", "kind_of"]
 _CELL = 120
 _BORDER = 5
 _GAP = 4
-#: Frames by kind; a letter repeats the colour for readers who cannot tell colours apart.
+#: Frames by kind; a letter repeats the color for readers who cannot tell colors apart.
 _KINDS = {
     "query": ("Q", (40, 40, 40)),
     "easy": ("E", (27, 158, 119)),
@@ -58,7 +58,7 @@ def draw_rankings(
 ) -> Image.Image:
     """One row per query: the query, then its first results.
 
-    Frames: green E easy, blue H hard, grey J junk (not counted), red x wrong.
+    Frames: green E easy, blue H hard, gray J junk (not counted), red x wrong.
 
     Args:
         data: the set.

@@ -95,7 +95,7 @@ def retrieval_page(
     if sheet is not None:
         page.section("First results")
         page.text(
-            "Left the query (Q). Green, E: easy positive. Blue, H: hard positive. Grey, J: not counted. "
+            "Left the query (Q). Green, E: easy positive. Blue, H: hard positive. Gray, J: not counted. "
             "Red, x: wrong."
         )
         page.picture(sheet, "queries and their first results")

@@ -119,7 +119,7 @@ def evaluate_retrieval(settings: RetrievalSettings) -> dict[str, Any]:
             name=f"{settings.dataset} {kind}",
         )
         for index in speed[kind]["truncated"]:
-            _log.warning("%s ends early; its missing part is grey", pictures.paths[index])
+            _log.warning("%s ends early; its missing part is gray", pictures.paths[index])
     database, queries = (torch.from_numpy(features[kind]) for kind in ("database", "queries"))
     ranks = rank_database(database, queries)
     results = {

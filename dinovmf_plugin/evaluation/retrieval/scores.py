@@ -49,8 +49,8 @@ def rank_database(database: Tensor, queries: Tensor) -> NDArray[np.int64]:
     """Full ranking of the database for every query, by cosine similarity, best first.
 
     Args:
-        database: features ``(database, D)``; normalised here.
-        queries: features ``(queries, D)``; normalised here.
+        database: features ``(database, D)``; normalized here.
+        queries: features ``(queries, D)``; normalized here.
 
     Returns:
         int64 ``(database, queries)``: column ``q`` lists database indices, best first; equal

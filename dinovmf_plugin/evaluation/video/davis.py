@@ -54,10 +54,10 @@ class VideoSequence:
 
 
 def davis_palette() -> list[int]:
-    """The 256 colours of PASCAL VOC and DAVIS as a flat list of 768 bytes.
+    """The 256 colors of PASCAL VOC and DAVIS as a flat list of 768 bytes.
 
     The bits of a label, three at a time from the lowest, go to red, green and blue, highest bit
-    first; so neighbouring numbers get unlike colours.
+    first; so neighboring numbers get unlike colors.
 
     Example:
         >>> palette = davis_palette()
@@ -105,7 +105,7 @@ def read_annotation(path: Path) -> NDArray[np.uint8]:
     if labels.ndim != 2 or labels.dtype.kind not in "bui":
         raise ValueError(
             f"annotation {path} is a {mode} image: object numbers are needed (a palette or 8-bit "
-            "grey PNG)"
+            "gray PNG)"
         )
     if labels.max() > 255:
         count = len(np.unique(labels[labels > 0]))
@@ -232,9 +232,9 @@ def frame_size(
 
 
 def read_frame(path: Path, size: tuple[int, int], statistics: Statistics = PUBLISHED) -> Tensor:
-    """A frame, resized and normalised, float32 ``(3, H, W)``.
+    """A frame, resized and normalized, float32 ``(3, H, W)``.
 
-    Bilinear *without* antialiasing, rounded to whole levels, then normalised: as the published numbers
+    Bilinear *without* antialiasing, rounded to whole levels, then normalized: as the published numbers
     were made.
     """
     pixels = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)[None].float()

@@ -20,7 +20,7 @@ _GAP = 4
 
 
 def overlay(frame: Image.Image, labels: NDArray[np.integer], opacity: float = 0.5) -> Image.Image:
-    """A frame with its objects tinted in DAVIS's colours and outlined in white; void is background.
+    """A frame with its objects tinted in DAVIS's colors and outlined in white; void is background.
 
     Args:
         frame: RGB image.

@@ -70,7 +70,7 @@ def propagate_labels(
 
     The weight of a context patch is ``exp(cos / temperature)`` if it is among the ``topk`` most
     similar of *all* context frames together (all that tie with the last are kept) and its row and
-    column are each at most ``radius`` away; weights are normalised per target patch.
+    column are each at most ``radius`` away; weights are normalized per target patch.
 
     Affinities are formed for a block of target patches and the window around it, so memory grows
     with the block and the window, not with the square of the number of patches.
@@ -150,7 +150,7 @@ def propagate(
     ever in memory.
 
     Args:
-        features: one ``(rows * cols, D)`` tensor per frame, first frame first; normalised here.
+        features: one ``(rows * cols, D)`` tensor per frame, first frame first; normalized here.
         first_labels: ``(K, rows * cols)``, one-hot.
         grid: ``(rows, cols)``.
         context_frames: frames remembered besides the first.

@@ -61,7 +61,7 @@ def segment_sequence(
         settings: size of the frames and the propagation's numbers.
         device: where it is computed.
         on_frame: called after every frame.
-        statistics: what the frames are normalised by.
+        statistics: what the frames are normalized by.
 
     Returns:
         Label numbers ``(H, W)`` of every frame, the first as annotated; and seconds per frame of

@@ -74,7 +74,7 @@ def region_similarity(mask: ArrayLike, truth: ArrayLike) -> float:
 def mask_contour(mask: ArrayLike) -> NDArray[np.bool_]:
     """One-pixel contour: pixels that differ from the one to the right, below, or below right.
 
-    Neighbours outside the image count as equal, so the image's edge is no contour.
+    Neighbors outside the image count as equal, so the image's edge is no contour.
 
     Example:
         >>> mask_contour([[0, 0, 0], [0, 1, 0], [0, 0, 0]]).astype(int)
@@ -212,7 +212,7 @@ def summarize_objects(objects: Sequence[dict[str, dict[str, float]]]) -> dict[st
         0.625
     """
     if not objects:
-        raise ValueError("no objects to summarise")
+        raise ValueError("no objects to summarize")
     means = {
         f"{metric}-{statistic.capitalize()}": float(
             np.mean([scores[metric][statistic] for scores in objects])

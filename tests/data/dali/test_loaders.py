@@ -139,7 +139,7 @@ def test_unlabeled_flat_folder_of_other_formats(
 ) -> None:
     for n, ending in enumerate(("jpg", "png", "webp", "bmp", "tiff", "ppm")):
         picture(n, 40, 50).save(tmp_path / f"{n}.{ending}")
-    picture(7, 40, 50).convert("L").save(tmp_path / "grey.jpg")
+    picture(7, 40, 50).convert("L").save(tmp_path / "gray.jpg")
     picture(8, 40, 50).convert("RGBA").save(tmp_path / "alpha.png")
     loader = make_loader(root=tmp_path, labeled=False)
     batches = list(loader)

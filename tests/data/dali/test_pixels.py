@@ -58,7 +58,7 @@ def crops_of(
 def test_same_parameters_same_pixels(
     folder: Path, make_pipeline: Any, change: dict[str, Any], mean_error: float, bias: float
 ) -> None:
-    """Mean absolute difference and mean difference in grey levels (of 256)."""
+    """Mean absolute difference and mean difference in gray levels (of 256)."""
     pipeline = make_pipeline(**{"size": 40, "count": 3, **OFF, **change})
     ours, reference = (
         torch.cat(crops_of(folder, [pipeline], backend)) for backend in ("dali", "torchvision")
@@ -123,7 +123,7 @@ def test_areas_positions_and_flips__read_from_the_pixels(
     pipeline = make_pipeline(30, 10, scale, **{**OFF, "flip": 0.5})
     crops = torch.cat(crops_of(gradient_folder, [pipeline], "dali", epochs=2))
     assert len(crops) == 800
-    # from one pixel's centre to another one's, k output pixels apart, in source pixels
+    # from one pixel's center to another one's, k output pixels apart, in source pixels
     width = (crops[:, 0, 15, 24] - crops[:, 0, 15, 5]) / 2 * 30 / 19
     height = (crops[:, 1, 24, 15] - crops[:, 1, 5, 15]) / 2 * 30 / 19
     assert (width < 0).float().mean() == pytest.approx(0.5, abs=0.06)
@@ -141,7 +141,7 @@ def test_areas_positions_and_flips__read_from_the_pixels(
     assert stats.ks_2samp(middle, boxes[:, 1] + boxes[:, 3] / 2).pvalue > 1e-3
 
 
-def test_shares_of_grey_solarised_blurred__read_from_the_pixels(
+def test_shares_of_gray_solarised_blurred__read_from_the_pixels(
     folder: Path, make_pipeline: Any
 ) -> None:
     shares = {"gray": 0.2, "solarize": 0.2, "blur": 0.1}
@@ -172,7 +172,7 @@ def test_center_crop__torchvisions_pixels(folder: Path) -> None:
         assert torch.equal(labels, other)
         assert (
             (mine - theirs) * STD * 255
-        ).abs().max() < 1.6  # one grey level of rounding in each pass
+        ).abs().max() < 1.6  # one gray level of rounding in each pass
 
 
 def test_color__the_gpu_formula_gives_the_cpu_pixels(picture: Any) -> None:

@@ -214,10 +214,10 @@ def test_random_magnitudes_may_remove_every_bit(folders):
     (randaugment,) = (step for step in dataset.transform.transforms if hasattr(step, "ops"))
     operation = next(op for op in randaugment.ops if op.name.startswith("Posterize"))
     operation.prob = 1.0
-    grey = Image.new("RGB", (8, 8), (90, 200, 10))
-    assert operation(grey).getextrema() == ((0, 0), (0, 0), (0, 0))  # no bit is left
+    gray = Image.new("RGB", (8, 8), (90, 200, 10))
+    assert operation(gray).getextrema() == ((0, 0), (0, 0), (0, 0))  # no bit is left
     operation.magnitude = 5.0  # two bits
-    assert operation(grey).getpixel((0, 0)) == (90 & 0xC0, 200 & 0xC0, 10 & 0xC0)
+    assert operation(gray).getpixel((0, 0)) == (90 & 0xC0, 200 & 0xC0, 10 & 0xC0)
     for i in range(len(dataset)):  # 15 operations each: all of them run
         assert dataset[i][0].shape == (3, 24, 24)
 

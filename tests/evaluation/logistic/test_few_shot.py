@@ -25,7 +25,7 @@ def _data(rows, classes, seed, dim=8):
 
 
 def _softmax_optimum(x, y, lambd):
-    """Minimises mean log-loss + lambd / (2 N) ||W||^2 as the protocol writes it, without sklearn."""
+    """Minimizes mean log-loss + lambd / (2 N) ||W||^2 as the protocol writes it, without sklearn."""
     classes = len(np.unique(y))
 
     def objective(flat):

@@ -116,7 +116,7 @@ def test_warm_starts_save_iterations_and_change_nothing(monkeypatch):
 
 
 def test_a_common_offset_changes_neither_the_optimum_nor_the_effort():
-    """Raw CLS tokens have one; uncentred, it keeps lbfgs from converging."""
+    """Raw CLS tokens have one; uncentered, it keeps lbfgs from converging."""
     x, y = _data(150, 3, 1)
     x_test, y_test = _data(90, 3, 2)
     grid = np.logspace(-1, 3, 5).tolist()

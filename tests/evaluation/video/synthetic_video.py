@@ -1,7 +1,7 @@
 """Generated videos with exact masks, in DAVIS's layout: a test and a demo without a download.
 
 Blobs with textures of their own move, turn, grow and cover each other before a drifting background.
-Object and background textures come from the same recipe, so colour alone gives nothing away.
+Object and background textures come from the same recipe, so color alone gives nothing away.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TEXTURE = 256
 
 
 def _texture(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Coloured noise with a 1/f spectrum, ``(3, 256, 256)``, which tiles."""
+    """Colored noise with a 1/f spectrum, ``(3, 256, 256)``, which tiles."""
     frequency = np.hypot(np.fft.fftfreq(_TEXTURE)[:, None], np.fft.rfftfreq(_TEXTURE)[None]).clip(
         1 / _TEXTURE
     )

@@ -36,7 +36,7 @@ def test_frame__size_and_normalization(tmp_path):
     frame = davis.read_frame(tmp_path / "frame.png", (64, 128))
     levels = frame * torch.tensor([0.228, 0.224, 0.225])[:, None, None]
     levels = (levels + torch.tensor([0.485, 0.456, 0.406])[:, None, None]).permute(1, 2, 0) * 255
-    # bilinear without antialiasing by hand: pixel centres, two neighbours, rounded
+    # bilinear without antialiasing by hand: pixel centers, two neighbors, rounded
     where = (np.arange(128) + 0.5) * 130 / 128 - 0.5
     left = np.floor(where).astype(int).clip(0, 128)
     share = (where - left)[None, :, None]
