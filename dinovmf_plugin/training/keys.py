@@ -57,7 +57,7 @@ def _nearest(key: str, known: Iterable[str]) -> str | None:
 
     Example:
         >>> keys = ["data.val_path", "optimizer.lr", "optimizer.weight_decay", "optimizer.batch_size"]
-        >>> [_nearest(key, keys) for key in ("optimizer.weight_decy", "batch_size", "optimizer.lr", "x")]
+        >>> [_nearest(key, keys) for key in ("optimizer.weight_decy", "batch_size", "optimiser.lr", "x")]
         ['optimizer.weight_decay', 'optimizer.batch_size', 'optimizer.lr', None]
     """
     group, _, name = key.rpartition(".")

@@ -101,8 +101,8 @@ def test_wrong_type__named(key):
 @pytest.mark.parametrize(
     ("key", "suggestion"),
     [
-        ("normalization", "normalization"),
-        ("centering", "centering"),
+        ("normalisation", "normalization"),
+        ("centring", "centering"),
         ("num_prototype", "num_prototypes"),
         ("studnt_temperature", "student_temperature"),
     ],
@@ -146,7 +146,7 @@ BAD_CONFIGS = [
     ("strategy", "deepspeed_stage_3", ["strategy='deepspeed_stage_3'", "strategy=ddp"]),
     ("momentum.classifier", True, ["momentum.classifier=True", "main_linear"]),
     ("method_kwargs.teacher_temperature", 0.2, ["teacher_temperature=0.2", "student"]),
-    ("method_kwargs.normalization", "l2", ["normalization", "did you mean normalization?"]),
+    ("method_kwargs.normalisation", "l2", ["normalisation", "did you mean normalization?"]),
 ]
 
 

@@ -68,7 +68,7 @@ def test_sigterm__gradient_accumulation__ends_with_an_optimizer_step(
 def test_ctrl_c_twice__stops_at_once_with_what_is_on_disk(start, recipe, checkpoints):
     never = SLOW_STEPS.replace("time.sleep(0.05)", "time.sleep(3600 * (self.current_epoch == 2))")
     process = start(*recipe("dino_vmf", "data.num_workers=0"), prelude=never)
-    process.wait_until(lambda: "demo-ep1.ckpt" in checkpoints())
+    process.wait_until(lambda: {"demo-ep1.ckpt", "previous/demo-ep0.ckpt"} <= {*checkpoints()})
     process.signal(signal.SIGINT)
     process.wait_until(lambda: "Ctrl-C again stops at once" in process.out())
     process.signal(signal.SIGINT)

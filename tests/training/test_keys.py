@@ -35,7 +35,7 @@ TYPOS = {
     "gradient_clip": "gradient_clip_val",
     "max_epoch": "max_epochs",
     "augmentation": "augmentations",
-    "optimizer.lr": "optimizer",
+    "optimiser.lr": "optimizer",
     "method_kwarg.clip_grad": "method_kwargs",
     # at another place
     "batch_size": "optimizer.batch_size",
