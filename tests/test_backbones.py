@@ -26,6 +26,7 @@ from dinovmf_plugin.features.network import load_network, untrained_like
 from dinovmf_plugin.pretraining import build_method, pretrain
 from dinovmf_plugin.runs.settings import read
 from dinovmf_plugin.training.config import parse_cfg
+from tests.small_demo import small_demo
 
 REGISTERS = {"reg_tokens": 4}
 VITS: dict[str, dict[str, Any]] = {
@@ -61,22 +62,13 @@ def _recipe(
         f"method={method}",
         f"data.train_path={data.parent}",
         f"checkpoint.dir={folder / 'runs'}",
-        "data.format=image_folder",
-        "data.num_workers=0",
         "max_epochs=1",
         "scheduler.warmup_epochs=0",
-        "optimizer.batch_size=4",
-        "method_kwargs.num_prototypes=32",
-        "method_kwargs.proj_hidden_dim=16",
-        "method_kwargs.proj_output_dim=8",
         "auto_resume.enabled=True",
-        "+enable_progress_bar=False",
-        "+enable_model_summary=False",
     ]
     if method.startswith("msn"):
         given += [f"~method_kwargs.warmup_teacher_temperature{end}" for end in ("", "_epochs")]
-    with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
-        cfg = compose("demo_recipe", overrides=[*given, *more])
+    cfg = small_demo(*given, *more)
     cfg.backbone = {"name": name, "kwargs": {"patch_size": 8, "img_size": 32, **kwargs}}
     if name != "vit_nano":
         cfg.backbone.kwargs = kwargs

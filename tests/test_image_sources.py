@@ -20,6 +20,7 @@ from dinovmf_plugin.embeddings.settings import EmbedSettings
 from dinovmf_plugin.evaluation.runner import evaluate_one
 from dinovmf_plugin.pretraining import pretrain
 from dinovmf_plugin.runs.settings import read
+from tests.small_demo import small_demo
 
 datasets = pytest.importorskip("datasets")
 wds = pytest.importorskip("webdataset")
@@ -90,20 +91,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def _recipe(given: list[str], folder: Path, *overrides: str) -> Any:
     small = [
         f"checkpoint.dir={folder}",
-        "data.format=image_folder",
-        "data.num_workers=0",
         "max_epochs=2",
         "scheduler.warmup_epochs=1",
-        "optimizer.batch_size=4",
         "method_kwargs.num_prototypes=16",
-        "method_kwargs.proj_hidden_dim=16",
-        "method_kwargs.proj_output_dim=8",
         "auto_resume.enabled=True",
-        "+enable_progress_bar=False",
-        "+enable_model_summary=False",
     ]
-    with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
-        return compose("demo_recipe", overrides=[*given, *small, *overrides])
+    return small_demo(*given, *small, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 from PIL import Image
 
 from dinovmf_plugin import host
 from dinovmf_plugin.pretraining import pretrain
+from tests.small_demo import small_demo
 
 
 class PowerLoss(Exception):
@@ -43,23 +43,14 @@ def _recipe(pictures: Path, folder: Path, *overrides: str) -> Any:
         f"data.train_path={pictures / 'train'}",
         f"data.val_path={pictures / 'val'}",
         f"checkpoint.dir={folder}",
-        "data.format=image_folder",
-        "data.num_workers=0",
         "check_val_every_n_epoch=1",
         "max_epochs=2",
         "scheduler.warmup_epochs=1",
-        "optimizer.batch_size=4",
-        "method_kwargs.num_prototypes=32",
-        "method_kwargs.proj_hidden_dim=16",
-        "method_kwargs.proj_output_dim=8",
         "method_kwargs.monitor_every=3",
         "backbone.kwargs.drop_path_rate=0.3",
         "log_every_n_steps=1",
-        "+enable_progress_bar=False",
-        "+enable_model_summary=False",
     ]
-    with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
-        return compose("demo_recipe", overrides=[*given, *overrides])
+    return small_demo(*given, *overrides)
 
 
 class DieAt(Callback):

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from PIL import Image
 
 from dinovmf_plugin import host
 from dinovmf_plugin.pretraining import build_method, pretrain
 from dinovmf_plugin.runs.cli import is_expected
 from dinovmf_plugin.training.config import parse_cfg
+from tests.small_demo import small_demo
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +34,10 @@ def recipe(pictures: Path, tmp_path: Path) -> Any:
         given = [
             f"data.train_path={pictures}",
             f"checkpoint.dir={tmp_path / 'runs'}",
-            "data.format=image_folder",
-            "data.num_workers=0",
             "max_epochs=1",
             "scheduler.warmup_epochs=0",
-            "optimizer.batch_size=4",
-            "method_kwargs.num_prototypes=32",
-            "method_kwargs.proj_hidden_dim=16",
-            "method_kwargs.proj_output_dim=8",
-            "+enable_progress_bar=False",
-            "+enable_model_summary=False",
         ]
-        with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
-            return compose("demo_recipe", overrides=[*given, *overrides])
+        return small_demo(*given, *overrides)
 
     return make
 

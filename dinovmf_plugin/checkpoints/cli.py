@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dinovmf_plugin.checkpoints.report import LoadReport
 from dinovmf_plugin.checkpoints.transfer import IMPORT_SOURCES, import_weights
 from dinovmf_plugin.runs.cli import one_clear_message
 
-__all__ = ["add_network_options", "import_main", "show_written"]
+__all__ = ["add_network_options", "import_main", "network_options", "show_written"]
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,12 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-name", help="vit_tiny .. vit_huge, if heads cannot be inferred")
     parser.add_argument("--num-heads", type=int, help="attention heads, for other sizes")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output files")
+
+
+def network_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``add_network_options`` read, as keywords of ``import_weights`` and ``export_weights``."""
+    names = ("which", "model_name", "num_heads", "img_size", "overwrite")
+    return {name: getattr(args, name) for name in names}
 
 
 def show_written(report: LoadReport, written: list[Path]) -> int:
@@ -61,10 +68,6 @@ def import_main(argv: Sequence[str] | None = None) -> int:
             args.file,
             args.output,
             source=args.source,
-            which=args.which,
-            model_name=args.model_name,
-            num_heads=args.num_heads,
-            img_size=args.img_size,
-            overwrite=args.overwrite,
+            **network_options(args),
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -50,7 +51,7 @@ class ComparisonData(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonSettings(Settings):
+class ComparisonSettings(Settings, ABC):
     """What all runs of one comparison share."""
 
     kind: ClassVar[str]
@@ -152,13 +153,13 @@ class ComparisonSettings(Settings):
         """Further keys that all runs share and that bind the folder."""
         return {}
 
+    @abstractmethod
     def runs(self) -> list[RunSettings]:
         """Every run that the lists describe."""
-        raise NotImplementedError
 
+    @abstractmethod
     def job(self) -> RunSettings:
         """The run of one job of the sweep, by the keys that the sweep sets."""
-        raise NotImplementedError
 
     def _swept_seed(self) -> int:
         if self.seed is None:

@@ -52,13 +52,7 @@ class EmbedderSettings(NetworkSource):
         ),
     ] = True
     weights: Weights = "model"
-    feature: Annotated[
-        Feature,
-        Doc(
-            "cls: CLS after the final norm; cls_pre_norm: before it; dino: [D] of the linear "
-            "evaluation; or {n_last_blocks: , avgpool: , final_norm: }"
-        ),
-    ] = "cls"
+    feature: Feature = "cls"
     precision: Precision = "float32"
     device: Device = "auto"
 

@@ -62,13 +62,7 @@ class Section(Settings):
 class OneFeature(Section):
     """Settings of an evaluation that reads one feature."""
 
-    feature: Annotated[
-        Feature,
-        Doc(
-            "cls: CLS after the final norm; cls_pre_norm: before it; dino: [D] of the linear "
-            "evaluation; or {n_last_blocks: , avgpool: , final_norm: }"
-        ),
-    ] = "cls"
+    feature: Feature = "cls"
 
     @property
     def wanted(self) -> Sequence[Feature]:

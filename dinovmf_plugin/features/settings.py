@@ -50,7 +50,13 @@ class FeatureKeys(TypedDict, total=False):
     final_norm: bool
 
 
-Feature = Literal["cls", "cls_pre_norm", "dino"] | FeatureKeys
+Feature = Annotated[
+    Literal["cls", "cls_pre_norm", "dino"] | FeatureKeys,
+    Doc(
+        "cls: CLS after the final norm; cls_pre_norm: before it; dino: [D] of the linear "
+        "evaluation; or {n_last_blocks: , avgpool: , final_norm: }"
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)

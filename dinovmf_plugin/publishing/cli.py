@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from dinovmf_plugin.checkpoints.card import UNKNOWN_LICENSE
-from dinovmf_plugin.checkpoints.cli import add_network_options, show_written
+from dinovmf_plugin.checkpoints.cli import add_network_options, network_options, show_written
 from dinovmf_plugin.checkpoints.transfer import export_weights
 from dinovmf_plugin.publishing.hub import check_repository, push
 from dinovmf_plugin.publishing.measured import measurements
@@ -72,16 +72,12 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     report, written = export_weights(
         args.checkpoint,
         args.output,
-        which=args.which,
-        model_name=args.model_name,
-        num_heads=args.num_heads,
-        img_size=args.img_size,
         with_projection_head=args.head,
         torchscript=args.torchscript,
         onnx=args.onnx,
-        overwrite=args.overwrite,
         license_name=args.license,
         measure=partial(measurements, results=args.results),
+        **network_options(args),
     )
     show_written(report, written)
     if args.push_to is not None:

@@ -17,18 +17,8 @@ from torch.nn import functional as F
 
 from dinovmf_plugin.core import vit as vits
 from dinovmf_plugin.training.config import parse_cfg
+from tests.methods.dinov2 import DINOV2
 
-DINOV2 = {
-    "method_kwargs.patch_head": "separate",
-    "method_kwargs.num_patch_prototypes": 24,
-    "method_kwargs.patch_center_tokens": "masked",
-    "method_kwargs.koleo_weight": 0.1,
-    "method_kwargs.layer_decay": 0.9,
-    "method_kwargs.patch_embed_lr_mult": 0.2,
-    "method_kwargs.lr_scaling": "sqrt",
-    "method_kwargs.clip_by": "network",
-    "method_kwargs.freeze_by": "rate",
-}
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TAU_S, TAU_CLS, TAU_PATCH = 0.1, 0.07, 0.05
 EPOCHS, STEPS, BATCH, EPS = 2, 3, 3, 1e-4  # an eps that rounding cannot be blown up by

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 
 from dinovmf_plugin.training.folders import find_checkpoint
 from dinovmf_plugin.training.stored_config import ResumedOtherwiseWarning
+from tests.methods.dinov2 import DINOV2
 from tests.methods.saved_runs import assert_identical, saving_cfg
 
 
@@ -53,24 +54,10 @@ EM = {
 }
 
 
-DINOV2 = {
-    "method_kwargs.patch_head": "separate",
-    "method_kwargs.num_patch_prototypes": 24,
-    "method_kwargs.patch_center_tokens": "masked",
-    "method_kwargs.koleo_weight": 0.1,
-    "method_kwargs.layer_decay": 0.9,
-    "method_kwargs.patch_embed_lr_mult": 0.2,
-    "method_kwargs.lr_scaling": "sqrt",
-    "method_kwargs.clip_by": "network",
-    "method_kwargs.freeze_by": "rate",
-    "backbone.kwargs.patch_size": 8,
-}
-
-
 @pytest.mark.parametrize(
     ("method", "accumulate", "more"),
     [
-        ("ibot_vmf", 1, DINOV2),
+        ("ibot_vmf", 1, DINOV2 | {"backbone.kwargs.patch_size": 8}),
         ("dino_vmf", 1, {}),
         ("dino_multicrop", 1, {}),
         ("dino_vmf", 2, {}),

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from dinovmf_plugin.benchmarks.launches import Launches, StepLaunches
 from dinovmf_plugin.methods.base import NonFiniteLossError
 from dinovmf_plugin.methods.ibot import IBOT
+from tests.methods.dinov2 import DINOV2
 
 METHODS = ("dino_multicrop", "dino_vmf", "msn", "msn_vmf")
 
@@ -40,16 +41,6 @@ def count(tiny_cfg, crop_loader, build, fit, method, precision="32-true", **more
 def test_step__waits_for_nothing(tiny_cfg, crop_loader, build, fit, method):
     counted = count(tiny_cfg, crop_loader, build, fit, method)
     assert counted.waits == 0, counted.operations
-
-
-DINOV2 = {
-    "method_kwargs.patch_head": "separate",
-    "method_kwargs.patch_center_tokens": "masked",
-    "method_kwargs.koleo_weight": 0.1,
-    "method_kwargs.layer_decay": 0.9,
-    "method_kwargs.clip_by": "network",
-    "method_kwargs.freeze_by": "rate",
-}
 
 
 @pytest.mark.parametrize(("method", "more"), [("ibot", {}), ("ibot_vmf", {}), ("ibot_vmf", DINOV2)])

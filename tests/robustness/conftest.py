@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.small_demo import SMALL
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Importing torch, Lightning and solo-learn costs seconds: done once, then every run is a fork.
@@ -170,18 +172,11 @@ def _arguments(pictures: Path, folder: Path, method: str, more: tuple[str, ...])
         f"data.train_path={pictures}",
         f"checkpoint.dir={folder}",
         "auto_resume.enabled=True",
-        "data.format=image_folder",
-        "data.num_workers=0",  # two where they matter: their start takes most of such a run's time
+        *SMALL,  # workers only where they matter: their start takes most of such a run's time
         "max_epochs=6",
-        "optimizer.batch_size=4",
         "backbone.kwargs.drop_path_rate=0.2",
-        "method_kwargs.num_prototypes=32",
-        "method_kwargs.proj_hidden_dim=16",
-        "method_kwargs.proj_output_dim=8",
         "method_kwargs.final_weight_decay=0.4",
         "log_every_n_steps=1",
-        "+enable_progress_bar=False",
-        "+enable_model_summary=False",
     ]
     if method.startswith("msn"):
         dinos = ("warmup_teacher_temperature", "warmup_teacher_temperature_epochs")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 
 from dinovmf_plugin.pretraining import pretrain
 from dinovmf_plugin.runs.cli import is_expected
+from tests.small_demo import small_demo
 
 METHODS = ["dino_multicrop", "dino_vmf", "ibot", "ibot_vmf", "msn", "msn_vmf"]
 
@@ -119,22 +119,13 @@ def recipes(pictures: Path) -> dict[str, Any]:
             f"method={method}",
             f"data.train_path={pictures}",
             f"data.val_path={pictures}",
-            "data.format=image_folder",
-            "data.num_workers=0",
             "max_epochs=2",
             "scheduler.warmup_epochs=1",
-            "optimizer.batch_size=4",
-            "method_kwargs.num_prototypes=32",
-            "method_kwargs.proj_hidden_dim=16",
-            "method_kwargs.proj_output_dim=8",
-            "+enable_progress_bar=False",
-            "+enable_model_summary=False",
         ]
         if method.startswith("msn"):
             dinos = ("warmup_teacher_temperature", "warmup_teacher_temperature_epochs")
             given += [f"~method_kwargs.{key}" for key in dinos]
-        with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
-            made[method] = OmegaConf.to_container(compose("demo_recipe", overrides=given))
+        made[method] = OmegaConf.to_container(small_demo(*given))
     return made
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from lightning.pytorch import Callback
 from PIL import Image
 
@@ -17,6 +16,7 @@ from dinovmf_plugin.data.module import validation_loader
 from dinovmf_plugin.pretraining import pretrain
 from dinovmf_plugin.training import umap as auto_umap
 from dinovmf_plugin.training.config import parse_cfg
+from tests.small_demo import small_demo
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +37,10 @@ def _recipe(pictures: Path, folder: Path, *overrides: str) -> Any:
         f"data.train_path={pictures / 'train'}",
         f"data.val_path={pictures / 'val'}",
         f"checkpoint.dir={folder}",
-        "data.format=image_folder",
-        "data.num_workers=0",
         "check_val_every_n_epoch=1",
         "max_epochs=2",
-        "optimizer.batch_size=4",
-        "method_kwargs.num_prototypes=32",
-        "method_kwargs.proj_hidden_dim=16",
-        "method_kwargs.proj_output_dim=8",
-        "+enable_progress_bar=False",
-        "+enable_model_summary=False",
     ]
-    with initialize_config_module("dinovmf_plugin.configs", version_base="1.2"):
-        return compose("demo_recipe", overrides=[*given, *overrides])
+    return small_demo(*given, *overrides)
 
 
 class _Expected(Callback):
