@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from dinovmf_plugin.core.centering import LogitCentering
 from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.core.targets import teacher_targets
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
 from dinovmf_plugin.losses.dino import view_pairs
 from dinovmf_plugin.losses.plan import multiplies_natively
@@ -108,11 +109,8 @@ class Workload:
 
         @torch.no_grad()
         def targets() -> Tensor:
-            scores = teacher.scores(self.teacher_rows)
-            bias = teacher.log_normalizer(TEACHER_TEMPERATURE)
-            probabilities: Tensor = centering(scores, TEACHER_TEMPERATURE, bias)
-            centering.update(scores, TEACHER_TEMPERATURE, bias)
-            return probabilities.unflatten(0, (2, -1))
+            found = teacher_targets(centering, teacher, self.teacher_rows, TEACHER_TEMPERATURE)
+            return found.unflatten(0, (2, -1))
 
         def forward() -> Tensor:
             return prototype_cross_entropy(

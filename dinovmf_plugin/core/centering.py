@@ -58,7 +58,11 @@ def log_mean_probability(logits: Tensor | Iterable[Tensor]) -> Tensor:
         parts.append(_log_sum_probability(chunk))
         rows += len(chunk)
         del chunk  # before the next one is made
-    return distributed.logsumexp_over_ranks(torch.cat(parts)) - distributed.log_total(rows)
+    return _log_mean(torch.cat(parts), rows)
+
+
+def _log_mean(parts: Tensor, rows: int) -> Tensor:
+    return distributed.logsumexp_over_ranks(parts) - distributed.log_total(rows)
 
 
 def _log_sum_probability(logits: Tensor) -> Tensor:
@@ -78,6 +82,8 @@ class Centering(nn.Module):
         linear: whether a batch's center is a linear function of its mean scores, so that one row, the
             mean, may stand for all of them in ``update``.
         row_wise: whether a row's targets depend on no other row, so that they may be made in chunks.
+        statistic: what ``update_from`` takes: ``sum`` of the scores over the rows, or ``log_probability``,
+            ``log sum_b softmax(l_b)``.
 
     Raises:
         ValueError: if the momentum lies outside [0, 1).
@@ -86,6 +92,7 @@ class Centering(nn.Module):
     center: Tensor
     linear: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
+    statistic: ClassVar[Literal["sum", "log_probability"] | None] = None
 
     def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
         super().__init__()
@@ -127,8 +134,31 @@ class Centering(nn.Module):
             log_normalizer: ``(K,)`` at this temperature, for vMF prototypes.
         """
         chunks = [scores] if isinstance(scores, Tensor) else scores
-        batch = self._batch_center(chunks, temperature, log_normalizer)
+        self._move(self._batch_center(chunks, temperature, log_normalizer))
+
+    @torch.no_grad()
+    def update_from(
+        self, statistic: Tensor, rows: int, temperature: float, log_normalizer: Tensor | None = None
+    ) -> None:
+        """``update`` by this rank's ``statistic`` ``(1, K)`` of ``rows`` rows, made elsewhere."""
+        self._move(self._center_of(statistic, rows, temperature, log_normalizer))
+
+    def affine_logits(
+        self, temperature: float, log_normalizer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """``(bias, shift)``, ``(K,)`` each, of targets ``softmax(s / tau + bias - shift)``.
+
+        The softmax in ``statistic`` is that of ``s / tau + bias``. None for targets of another form.
+        """
+        return None
+
+    def _move(self, batch: Tensor) -> None:
         self.center.lerp_(batch, 1 - self.momentum)
+
+    def _center_of(
+        self, statistic: Tensor, rows: int, temperature: float, bias: Tensor | None
+    ) -> Tensor:
+        raise TypeError(f"{type(self).__name__} defines no center")
 
     def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
         raise TypeError(f"{type(self).__name__} defines no targets")
@@ -151,6 +181,10 @@ def _logits(scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
 def _like(scores: Tensor) -> Tensor:
     """Kept memory for float32 scores: fresh memory costs a CPU more than the arithmetic."""
     return room(scores.shape, torch.float32, scores.device)
+
+
+def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if bias is None else bias.float()
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -180,6 +214,7 @@ class LogitCentering(Centering):
     """
 
     linear = True
+    statistic = "sum"
 
     def __init__(
         self, num_prototypes: int, momentum: float = 0.9, raw_scores: bool = False
@@ -200,10 +235,24 @@ class LogitCentering(Centering):
         for scores in chunks:
             summed += scores.sum(dim=0, dtype=torch.float32)
             rows += len(scores)
-        mean = distributed.mean_over_rows(summed, rows)
+        return self._center_of(summed, rows, temperature, bias)
+
+    def _center_of(
+        self, statistic: Tensor, rows: int, temperature: float, bias: Tensor | None
+    ) -> Tensor:
+        mean = distributed.mean_over_rows(statistic, rows)
         if bias is None or self.raw_scores:
             return mean
         return _logits(mean, temperature, bias)
+
+    def affine_logits(
+        self, temperature: float, log_normalizer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The center is divided by the temperature where it is one of raw scores."""
+        center = self.center.squeeze(0)
+        if log_normalizer is None or self.raw_scores:
+            center = center / temperature
+        return _or_zeros(log_normalizer, center), center
 
 
 class ProbabilityCentering(Centering):
@@ -220,8 +269,22 @@ class ProbabilityCentering(Centering):
         tensor([[0.5000, 0.5000]])
     """
 
+    statistic = "log_probability"
+
     def _targets(self, scores: Tensor, temperature: float, bias: Tensor | None) -> Tensor:
         return _softmax(_logits(scores, temperature, bias).sub_(self.center))
+
+    def affine_logits(
+        self, temperature: float, log_normalizer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The center is one of logits."""
+        center = self.center.squeeze(0)
+        return _or_zeros(log_normalizer, center), center
+
+    def _center_of(
+        self, statistic: Tensor, rows: int, temperature: float, bias: Tensor | None
+    ) -> Tensor:
+        return _log_mean(statistic, rows)
 
     def _batch_center(
         self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None

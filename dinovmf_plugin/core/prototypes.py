@@ -131,6 +131,16 @@ class Prototypes(nn.Module):
             product = F.linear(y, self.weight_v.to(y.dtype))
             with torch.autocast(y.device.type, enabled=False):
                 return product.float() * self.scale()
+        product = self.products(y)
+        with torch.autocast(y.device.type, enabled=False):
+            if product.dtype == torch.float32:
+                return product.mul_(self.scale())
+            scores = room(product.shape, torch.float32, y.device)
+            return torch.mul(product, self.scale(), out=scores)
+
+    @torch.no_grad()
+    def products(self, y: Tensor) -> Tensor:
+        """``<v_k, y>``, ``(..., K)`` in autocast's dtype, else in ``y``'s: ``scores`` before ``scale``."""
         half = torch.is_autocast_enabled(y.device.type)
         dtype = torch.get_autocast_dtype(y.device.type) if half else y.dtype
         with torch.autocast(y.device.type, enabled=False):
@@ -141,10 +151,7 @@ class Prototypes(nn.Module):
             product = room((*y.shape[:-1], self.num_prototypes), dtype, y.device)
             rows = y.to(dtype).reshape(-1, self.dim)
             torch.mm(rows, weight.t(), out=product.view(-1, self.num_prototypes))
-            if dtype == torch.float32:
-                return product.mul_(self.scale())
-            scores = room(product.shape, torch.float32, y.device)
-            return torch.mul(product, self.scale(), out=scores)
+            return product
 
     def forward(self, y: Tensor, temperature: float = 1.0) -> Tensor:
         """Component logits ``<w_k, y> / tau + D(kappa_k)``, float32 (Eqs. 3 and 6).

@@ -15,18 +15,17 @@ __all__ = ["EXTRA_BACKBONES", "vit_nano"]
 def vit_nano(patch_size: int = 16, **kwargs: Any) -> Any:
     """ViT of width 128, depth 4, 2 heads (0.8 M parameters): for tests and for demos on a CPU.
 
-    Everything but the size is as in the host's ``vit_tiny``; the width of a head is 64, as there.
+    Everything but the size is as in the host's ``vit_tiny``; the width of a head is 64, as there. The
+    size may be given: ``+backbone.kwargs.depth=2`` has 0.4 M parameters.
     """
     from timm.models.vision_transformer import VisionTransformer
 
+    size = {"embed_dim": 128, "depth": 4, "num_heads": 2}
     return VisionTransformer(
         patch_size=patch_size,
-        embed_dim=128,
-        depth=4,
-        num_heads=2,
         num_classes=0,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        **kwargs,
+        **(size | kwargs),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from dinovmf_plugin.core import distributed
 from dinovmf_plugin.core.centering import Centering
 from dinovmf_plugin.core.prototypes import Prototypes
+from dinovmf_plugin.core.targets import teacher_targets
 from dinovmf_plugin.losses.cross_entropy import prototype_cross_entropy
 
 __all__ = [
@@ -101,10 +102,10 @@ def ibot_patch_loss(
     )
 
 
-def _chunks(prototypes: Prototypes, embeddings: Tensor) -> Iterator[Tensor]:
+def _chunks(prototypes: Prototypes, embeddings: Tensor) -> Sequence[Tensor]:
     numbers = _CHUNK_NUMBERS.get(embeddings.device.type, _CHUNK_NUMBERS["cuda"])
     pieces = max(len(embeddings) * prototypes.num_prototypes // numbers, 1)
-    return map(prototypes.scores, embeddings.tensor_split(pieces))
+    return embeddings.tensor_split(pieces)
 
 
 @torch.no_grad()
@@ -116,15 +117,15 @@ def patch_targets(
     With ``centering=sinkhorn`` the masked patches of all ranks are one assignment (DINOv2). Otherwise
     scores and targets are made in chunks of patches: only the targets exist for all of them.
     """
-    log_normalizer = prototypes.log_normalizer(temperature)
     if not centering.row_wise:
-        return centering(prototypes.scores(embeddings), temperature, log_normalizer)
+        return teacher_targets(centering, prototypes, embeddings, temperature, update=False)
     shape = len(embeddings), prototypes.num_prototypes
     targets = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
     row = 0
-    for scores in _chunks(prototypes, embeddings):
-        targets[row : row + len(scores)] = centering(scores, temperature, log_normalizer)
-        row += len(scores)
+    for chunk in _chunks(prototypes, embeddings):
+        made = teacher_targets(centering, prototypes, chunk, temperature, update=False)
+        targets[row : row + len(chunk)] = made
+        row += len(chunk)
     return targets
 
 
@@ -148,7 +149,7 @@ def update_patch_center(
     if centering.linear:
         scores = iter([prototypes.scores(distributed.mean_over_rows(embeddings.float()))])
     else:
-        scores = _chunks(prototypes, embeddings)
+        scores = map(prototypes.scores, _chunks(prototypes, embeddings))
     centering.update(scores, temperature, prototypes.log_normalizer(temperature))
 
 

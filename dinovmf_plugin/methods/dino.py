@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinovmf_plugin.core import schedules
 from dinovmf_plugin.core.centering import make_centering
 from dinovmf_plugin.core.heads import DINOHead
+from dinovmf_plugin.core.targets import teacher_targets
 from dinovmf_plugin.losses.dino import dino_loss
 from dinovmf_plugin.methods.base import DistillationOutput
 from dinovmf_plugin.methods.crops import features_of_crops
@@ -145,13 +146,9 @@ class DINOMultiCrop(ComponentsByEM):
     def cls_targets(self, embeddings: Tensor) -> Tensor:
         """Targets ``(rows, K)`` of the teacher's embeddings ``(rows, p)``; then moves the center."""
         self.observe(embeddings)
-        prototypes = self.momentum_head.last_layer
-        temperature = self.teacher_temperature()
-        scores = prototypes.scores(embeddings)
-        log_normalizer = prototypes.log_normalizer(temperature)
-        targets = self.centering(scores, temperature, log_normalizer)
-        self.centering.update(scores, temperature, log_normalizer)
-        return targets
+        return teacher_targets(
+            self.centering, self.momentum_head.last_layer, embeddings, self.teacher_temperature()
+        )
 
     def distillation_loss(self, crops: list[Tensor]) -> DistillationOutput:
         """DINO's loss over all pairs of one global teacher view and another student view."""

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from dinovmf_plugin import host
+from dinovmf_plugin.host.backbones import vit_nano
 
 pytestmark = pytest.mark.skipif(
     host.GENERATION != "release", reason="tests the adapter for solo-learn 1.0.2"
@@ -82,3 +83,9 @@ def test_extra_backbone__does_not_replace_vit_tiny(tiny_cfg, build):
     assert (nano.features_dim, len(nano.backbone.blocks)) == (128, 4)
     assert (tiny.features_dim, len(tiny.backbone.blocks)) == (192, 12)
     assert nano.backbone_name == "vit_nano"
+
+
+def test_vit_nano__takes_another_size():
+    smaller = vit_nano(patch_size=8, img_size=32, depth=2, embed_dim=64, num_heads=1)
+    assert (smaller.embed_dim, len(smaller.blocks)) == (64, 2)
+    assert smaller(torch.zeros(1, 3, 32, 32)).shape == (1, 64)

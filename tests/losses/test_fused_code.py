@@ -10,6 +10,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
+from dinovmf_plugin.core.target_kernels import columns_kernel, rows_kernel  # noqa: E402
 from dinovmf_plugin.core.vmf_kernel import normalizer_kernel  # noqa: E402
 from dinovmf_plugin.losses import kernels  # noqa: E402
 from dinovmf_plugin.losses.fused import Tiles  # noqa: E402
@@ -37,6 +38,12 @@ CASES = {
         TILES.stages[1],
     ),
     "log-normalizer": (normalizer_kernel, {"BLOCK": 1024}, 1),
+    "targets, rows": (rows_kernel, {"PLAIN": True, "BK": 1024}, 1),
+    "targets, columns": (
+        columns_kernel,
+        {"SUM": False, "LOG_PROBABILITY": True, "BR": 16, "BK": 128},
+        1,
+    ),
 }
 
 
@@ -51,7 +58,7 @@ def compiled(function: Any, constants: dict[str, Any], stages: int) -> Any:
             return "i32"
         if name in NUMBERS:
             return "fp32"
-        return "*bf16" if name in ("y", "w", "mixed") else "*fp32"
+        return "*bf16" if name in ("y", "w", "mixed", "products") else "*fp32"
 
     names = function.arg_names
     source = ASTSource(
@@ -81,5 +88,5 @@ def test_code_for_an_h100(case, tmp_path):
         check=True,
     ).stderr
     assert re.findall(r"(\d+) bytes spill stores", told) == ["0"], told
-    if case != "log-normalizer":
+    if case in ("normalize", "gradients"):
         assert "wgmma.mma" in code.asm["ptx"]
