@@ -3,7 +3,8 @@
 SOURCE holds ``{train,t10k}-{images-idx3,labels-idx1}-ubyte``, packed with gzip or not, as MNIST,
 Fashion-MNIST and their kin are published (Fashion-MNIST: Debian's package ``dataset-fashion-mnist``, or
 the folder ``FashionMNIST/raw`` of torchvision). OUTPUT gets ``train/`` and ``val/`` with one folder
-per class and one PNG per image. Nothing is downloaded here.
+per class and one PNG per image; ``--train N`` and ``--val N`` take the first N images only. Nothing is
+downloaded here.
 """
 
 from __future__ import annotations
@@ -67,12 +68,21 @@ def _find(source: Path, name: str) -> Path:
     raise FileNotFoundError(f"{str(source)!r} has no file {name} or {name}.gz")
 
 
-def build(source: str | Path, output: str | Path, *, progress: bool = True) -> Path:
+def build(
+    source: str | Path,
+    output: str | Path,
+    *,
+    train: int | None = None,
+    val: int | None = None,
+    progress: bool = True,
+) -> Path:
     """Write the images of idx files as class folders of PNG files.
 
     Args:
         source: folder with the four files.
         output: folder to create; must not exist.
+        train: take the first so many training images; None takes all.
+        val: the same of the held-out ones.
         progress: whether to show a progress bar.
 
     Returns:
@@ -80,7 +90,8 @@ def build(source: str | Path, output: str | Path, *, progress: bool = True) -> P
 
     Raises:
         FileNotFoundError: one of the four files is missing.
-        ValueError: a file is damaged, or images and labels do not fit together.
+        ValueError: a file is damaged, images and labels do not fit together, or there are fewer images than
+            ``train`` or ``val`` asks for.
         FileExistsError: ``output`` exists.
     """
     source, output = Path(source), Path(output)
@@ -94,7 +105,12 @@ def build(source: str | Path, output: str | Path, *, progress: bool = True) -> P
             raise ValueError(
                 f"the {part} files do not fit together: images {images.shape}, labels {labels.shape}"
             )
-        parts[folder] = (images, labels)
+        wanted = {"train": train, "val": val}[folder]
+        if wanted is not None and not 1 <= wanted <= len(labels):
+            raise ValueError(
+                f"{folder}={wanted} must lie between 1 and {len(labels)}, all there are"
+            )
+        parts[folder] = (images[:wanted], labels[:wanted])
     # written beside and renamed at the end: what is interrupted is never taken for whole
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -115,9 +131,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dinovmf_plugin.data.idx", description=__doc__)
     parser.add_argument("source", type=Path, help="folder with the four idx files")
     parser.add_argument("output", type=Path, help="folder to create")
+    parser.add_argument("--train", type=int, metavar="N", help="the first N training images only")
+    parser.add_argument("--val", type=int, metavar="N", help="the first N held-out images only")
     arguments = parser.parse_args(argv)
     try:
-        build(arguments.source, arguments.output)
+        build(arguments.source, arguments.output, train=arguments.train, val=arguments.val)
     except (ValueError, OSError) as error:
         sys.exit(f"idx: {error}")
 

@@ -80,3 +80,17 @@ def test_missing_and_unfitting_files__are_named(source: Path, tmp_path: Path) ->
     (source / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte"):
         build(source, tmp_path / "out")
+
+
+def test_build__first_images_only(source: Path, tmp_path: Path) -> None:
+    main([str(source), str(tmp_path / "out"), "--train", "4", "--val", "2"])
+    for part, count in (("train", 4), ("val", 2)):
+        names = {path.stem for path in (tmp_path / "out" / part).rglob("*.png")}
+        assert names == {f"{index:06d}" for index in range(count)}
+
+
+@pytest.mark.parametrize(("key", "value"), [("train", 0), ("train", 7), ("val", -1), ("val", 4)])
+def test_build__more_images_than_there_are(source: Path, tmp_path: Path, key, value) -> None:
+    with pytest.raises(ValueError, match=f"{key}={value} must lie between 1 and"):
+        build(source, tmp_path / "out", **{key: value}, progress=False)
+    assert not (tmp_path / "out").exists()
