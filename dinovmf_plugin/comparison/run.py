@@ -39,6 +39,7 @@ from dinovmf_plugin.training.folders import choose_folder, find_checkpoint, run_
 __all__ = ["flat_metrics", "run_one"]
 
 RESULT = "result.json"
+BASELINES = "baselines.json"
 
 
 def flat_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -136,6 +137,30 @@ def _check_before_training(recipe: DictConfig, settings: RunSettings, folder: Pa
         raise ValueError(f"k={shared.k}: data.train_path holds only {bank} images")
 
 
+def _baselines(
+    network: Network, config: Mapping[str, Any], settings: RunSettings
+) -> dict[str, Any]:
+    """What kNN gives without training; measured once in a folder for each architecture, then read.
+
+    The measured page and JSON file are in ``output_dir/baselines/<digest>``.
+    """
+    shared = settings.comparison
+    own = ("checkpoint", "output_dir", "cache_dir", "progress", "device")
+    kept = {key: value for key, value in config.items() if key not in own}
+    kept |= {"baselines": list(shared.baselines), "evaluations": ["knn"]}
+    made_of = [str(network.shape), list(network.statistics), kept]
+    text = json.dumps(made_of, sort_keys=True, default=str)
+    folder = Path(shared.output_dir) / "baselines" / hashlib.sha256(text.encode()).hexdigest()[:8]
+    file = folder / BASELINES
+    if not file.is_file():
+        measured = evaluate(
+            {**config, **kept, "output_dir": str(folder)}, ["knn"], "evaluation", network=network
+        )
+        write_json(file, {"made_of": made_of, "baselines": measured["baselines"]})
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["baselines"]
+    return found
+
+
 def _evaluate(
     checkpoint: str, recipe: DictConfig, settings: RunSettings, folder: Path
 ) -> dict[str, Any]:
@@ -146,10 +171,8 @@ def _evaluate(
     found = evaluate(config, file="evaluation", network=network)
     baselines: dict[str, Any] = {}
     if shared.baselines:
-        config["baselines"] = list(shared.baselines)
         # the features of the trained network are in the cache: only the baselines cost anything
-        found_with = evaluate(config, ["knn"], "baselines", network=network)
-        baselines = found_with["baselines"]
+        baselines = _baselines(network, config, settings)
     knn = config["knn"]
     crop = CenterCrop(knn["resize"], knn["crop_size"], knn.get("interpolation", "bicubic"))
     prototypes = _prototypes(network, recipe, settings, crop, config.get("device", "auto"))

@@ -46,7 +46,7 @@ def describe_difference(
 
     A paired t-test over the seeds that both have: one seed gives both the same initialization of the
     backbone, order of images and crops, so that what varies is the difference. Not corrected for the
-    number of comparisons.
+    number of comparisons. Fewer than three seeds are not tested.
 
     Args:
         name: of the first group.
@@ -73,11 +73,13 @@ def describe_difference(
         )
     mean, std = mean_and_std(differences)
     seeds = f"{with_spread(differences, 2)} points over {count} paired seeds"
-    if std == 0:
+    sign = "+" if mean >= 0 else ""
+    if count < 3:  # one degree of freedom: two equal differences would have p = 0
+        return f"{name} against {other}: {sign}{seeds}, too few for a test."
+    if std < 1e-9:  # accuracies are rounded numbers
         word = "above" if mean > 0 else "below" if mean < 0 else "level with"
         return f"{name} is {word} {other}: {mean:+.2f} points with each of {count} paired seeds."
     p = float(ttest_1samp(differences, 0.0).pvalue)
-    sign = "+" if mean >= 0 else ""
     if p >= 0.05:
         return f"{name} and {other} do not differ beyond the spread of the seeds: {sign}{seeds}, p = {p:.2g}."
     word = "above" if mean > 0 else "below"

@@ -82,6 +82,23 @@ def test_held_out_log_likelihood__is_that_of_the_density_written_out(finished: A
     assert found == pytest.approx(density.mean(), abs=1e-3)
 
 
+def test_baselines__are_measured_once_for_all_runs(finished: Any, make_comparison: Any) -> None:
+    settings, result, path = finished
+    (file,) = Path(settings.comparison.output_dir).glob("baselines/*/baselines.json")
+    network = load_network(path.parent / result["checkpoint"], head=True)
+    config = run_module._evaluation_config("any", settings.recipe(), settings, path.parent)
+    stored = json.loads(file.read_text())
+    stored["baselines"]["untrained"]["knn"]["k1"]["top1"] = 12.5  # only to be recognized
+    before = file.read_text()
+    file.write_text(json.dumps(stored))
+    found = run_module._baselines(network, config, settings)
+    assert run_module.flat_metrics(found["untrained"])["knn_k1"] == 12.5
+    file.write_text(before)
+    assert result["baselines"]["untrained"] == run_module.flat_metrics(
+        run_module._baselines(network, config, settings)["untrained"]
+    )
+
+
 def test_evaluation_crops_are_those_of_the_backbone(finished: Any) -> None:
     _, result, _ = finished
     section = result["evaluation"]["knn"]["settings"]

@@ -101,6 +101,16 @@ def test_one_seed_shows_nothing() -> None:
     assert "shows nothing" in describe_difference("a", {0: 90.0}, "b", _seeds(10.0, 20.0))
 
 
+def test_two_seeds_are_not_tested__even_if_they_agree() -> None:
+    text = describe_difference("a", _seeds(56.1, 54.9), "b", _seeds(56.8, 55.6))
+    assert text == "a against b: -0.70 ± 0.00 points over 2 paired seeds, too few for a test."
+
+
+def test_equal_differences__up_to_rounding__are_no_test() -> None:
+    text = describe_difference("a", _seeds(0.3, 1.3, 2.3), "b", _seeds(0.1, 1.1, 2.1))
+    assert text == "a is above b: +0.20 points with each of 3 paired seeds."
+
+
 def test_ablation_has_the_layout_of_table_1(write_results: Any, no_charts: None) -> None:
     root = write_results(*_cells(), kind="ablation")
     summary = collect(root)
