@@ -9,6 +9,13 @@ from dinovmf_plugin.mixture.em import chunk_rows
 from dinovmf_plugin.mixture.initialization import initialization_rows
 
 
+@pytest.fixture(autouse=True)
+def exact_allocator(monkeypatch):
+    """What is freed goes back at once: else the C library's arenas add 10 to 80 MB, by chance."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
+
+
 def growth(rows: int, dim: int, num: int, passes: int) -> int:
     """Bytes by which a fit of so many passes grows a fresh process; the rows are there before."""
     module = "dinovmf_plugin.benchmarks.mixture"
