@@ -109,7 +109,8 @@ class Workload:
 
         @torch.no_grad()
         def targets() -> Tensor:
-            found = teacher_targets(centering, teacher, self.teacher_rows, TEACHER_TEMPERATURE)
+            how = TEACHER_TEMPERATURE, teacher.log_normalizer(TEACHER_TEMPERATURE)
+            found = teacher_targets(centering, teacher, self.teacher_rows, *how)
             return found.unflatten(0, (2, -1))
 
         def forward() -> Tensor:

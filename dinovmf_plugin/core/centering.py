@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dinovmf_plugin.core import distributed
+from dinovmf_plugin.core.assignments import log_mean_over_ranks, log_mean_probability, sinkhorn
 from dinovmf_plugin.core.workspace import room
 
 __all__ = [
@@ -26,49 +27,13 @@ __all__ = [
     "LogitCentering",
     "ProbabilityCentering",
     "SinkhornCentering",
-    "log_mean_probability",
+    "Statistic",
     "make_centering",
-    "sinkhorn",
 ]
 
+Statistic = Literal["sum", "log_probability"]
 CenteringName = Literal["logit", "probability", "sinkhorn"]
 CENTERINGS: tuple[str, ...] = get_args(CenteringName)
-
-
-def log_mean_probability(logits: Tensor | Iterable[Tensor]) -> Tensor:
-    """``log mean_b softmax(l_b)`` over the rows of all ranks, ``(1, K)`` in float32.
-
-    The arithmetic mean of the probabilities, formed in the log domain (log-softmax, then
-    log-sum-exp over rows, then over ranks): finite for finite logits, where averaging float32
-    probabilities underflows to ``log 0 = -inf`` once logits spread over about 100 nats.
-
-    Args:
-        logits: ``(rows, K)``, or chunks of such rows; the number of rows may differ between ranks and
-            be 0 on some.
-
-    Example:
-        >>> wide = torch.tensor([[0.0, 200.0], [0.0, 300.0]])
-        >>> log_mean_probability(wide).tolist()
-        [[-200.69314575195312, 0.0]]
-        >>> log_mean_probability(wide.split(1)).tolist()
-        [[-200.69314575195312, 0.0]]
-    """
-    parts, rows = [], 0
-    for chunk in [logits] if isinstance(logits, Tensor) else logits:
-        parts.append(_log_sum_probability(chunk))
-        rows += len(chunk)
-        del chunk  # before the next one is made
-    return _log_mean(torch.cat(parts), rows)
-
-
-def _log_mean(parts: Tensor, rows: int) -> Tensor:
-    return distributed.logsumexp_over_ranks(parts) - distributed.log_total(rows)
-
-
-def _log_sum_probability(logits: Tensor) -> Tensor:
-    """``log sum_b softmax(l_b)`` over these rows, ``(1, K)``; ``(0, K)`` without rows."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    return log_p.logsumexp(dim=0, keepdim=True) if len(log_p) else log_p
 
 
 class Centering(nn.Module):
@@ -92,7 +57,7 @@ class Centering(nn.Module):
     center: Tensor
     linear: ClassVar[bool] = False
     row_wise: ClassVar[bool] = True
-    statistic: ClassVar[Literal["sum", "log_probability"] | None] = None
+    statistic: ClassVar[Statistic | None] = None
 
     def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
         super().__init__()
@@ -284,7 +249,7 @@ class ProbabilityCentering(Centering):
     def _center_of(
         self, statistic: Tensor, rows: int, temperature: float, bias: Tensor | None
     ) -> Tensor:
-        return _log_mean(statistic, rows)
+        return log_mean_over_ranks(statistic, rows)
 
     def _batch_center(
         self, chunks: Iterable[Tensor], temperature: float, bias: Tensor | None
@@ -292,31 +257,6 @@ class ProbabilityCentering(Centering):
         # map, as a generator expression would hold on to a chunk's scores while its logits are used
         make = functools.partial(_logits, temperature=temperature, bias=bias)
         return log_mean_probability(map(make, chunks))
-
-
-def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
-    """Sinkhorn-Knopp assignment of the rows of all ranks to K equally used columns.
-
-    Alternates, ``iterations`` times, equal mass for every prototype and for every sample, in the log
-    domain; every row of the result sums to 1.
-
-    Args:
-        logits: ``(rows, K)``, already divided by the temperature.
-        iterations: 3 in SwAV, MSN and DINOv2.
-
-    Returns:
-        float32 probabilities ``(rows, K)``.
-
-    Example:
-        >>> targets = sinkhorn(torch.tensor([[2.0, 0.0], [2.0, 0.0]]))
-        >>> targets.tolist()
-        [[0.5, 0.5], [0.5, 0.5]]
-    """
-    log_q = logits.float()
-    for _ in range(iterations):
-        log_q = log_q - distributed.logsumexp_over_ranks(log_q)
-        log_q = log_q.log_softmax(dim=-1)
-    return log_q.exp()
 
 
 class SinkhornCentering(Centering):

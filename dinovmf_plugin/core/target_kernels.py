@@ -8,16 +8,16 @@ come (bfloat16 or float32), the arithmetic is float32. Imported only where Trito
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Statistic", "fused_targets"]
+from dinovmf_plugin.core.centering import Statistic
 
-Statistic = Literal["sum", "log_probability"]
+__all__ = ["fused_targets"]
 
 jit: Any = triton.jit  # untyped
 _TILE = 1024  # prototypes in one tile of the first kernel

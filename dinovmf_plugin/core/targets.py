@@ -18,6 +18,7 @@ def teacher_targets(
     prototypes: Prototypes,
     embeddings: Tensor,
     temperature: float,
+    log_normalizer: Tensor | None,
     *,
     update: bool = True,
 ) -> Tensor:
@@ -32,6 +33,7 @@ def teacher_targets(
         prototypes: the teacher's.
         embeddings: unit vectors ``(rows, p)``.
         temperature: the teacher's.
+        log_normalizer: ``prototypes.log_normalizer(temperature)``, made once where rows come in chunks.
         update: False leaves the center where it is.
 
     Returns:
@@ -41,24 +43,26 @@ def teacher_targets(
         >>> from dinovmf_plugin.core.centering import make_centering
         >>> teacher = Prototypes(8, 16, "vmf")
         >>> y = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
-        >>> targets = teacher_targets(make_centering("probability", 16), teacher, y, temperature=0.04)
+        >>> bias = teacher.log_normalizer(0.04)
+        >>> targets = teacher_targets(make_centering("probability", 16), teacher, y, 0.04, bias)
         >>> targets.shape
         torch.Size([4, 16])
     """
-    log_normalizer = prototypes.log_normalizer(temperature)
-    logits = centering.affine_logits(temperature, log_normalizer)
-    if logits is not None and len(embeddings) and triton_serves(embeddings):
-        from dinovmf_plugin.core.target_kernels import fused_targets
+    if len(embeddings) and triton_serves(embeddings):
+        logits = centering.affine_logits(temperature, log_normalizer)
+        if logits is not None:
+            from dinovmf_plugin.core.target_kernels import fused_targets
 
-        with torch.autocast(embeddings.device.type, enabled=False):
-            bias, shift = logits
-            scale = prototypes.scale()
-            statistic = centering.statistic if update else None
-        products = prototypes.products(embeddings)
-        targets, found = fused_targets(products, scale, bias, shift, temperature, statistic)
-        if found is not None:
-            centering.update_from(found, len(embeddings), temperature, log_normalizer)
-        return targets
+            targets, found = fused_targets(
+                prototypes.products(embeddings),
+                prototypes.scale(),
+                *logits,
+                temperature,
+                centering.statistic if update else None,
+            )
+            if found is not None:
+                centering.update_from(found, len(embeddings), temperature, log_normalizer)
+            return targets
     scores = prototypes.scores(embeddings)
     targets = centering(scores, temperature, log_normalizer)
     if update:

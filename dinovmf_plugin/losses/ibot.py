@@ -117,13 +117,14 @@ def patch_targets(
     With ``centering=sinkhorn`` the masked patches of all ranks are one assignment (DINOv2). Otherwise
     scores and targets are made in chunks of patches: only the targets exist for all of them.
     """
+    how = temperature, prototypes.log_normalizer(temperature)
     if not centering.row_wise:
-        return teacher_targets(centering, prototypes, embeddings, temperature, update=False)
+        return teacher_targets(centering, prototypes, embeddings, *how, update=False)
     shape = len(embeddings), prototypes.num_prototypes
     targets = torch.empty(shape, dtype=torch.float32, device=embeddings.device)
     row = 0
     for chunk in _chunks(prototypes, embeddings):
-        made = teacher_targets(centering, prototypes, chunk, temperature, update=False)
+        made = teacher_targets(centering, prototypes, chunk, *how, update=False)
         targets[row : row + len(chunk)] = made
         row += len(chunk)
     return targets

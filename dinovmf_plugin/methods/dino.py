@@ -146,9 +146,9 @@ class DINOMultiCrop(ComponentsByEM):
     def cls_targets(self, embeddings: Tensor) -> Tensor:
         """Targets ``(rows, K)`` of the teacher's embeddings ``(rows, p)``; then moves the center."""
         self.observe(embeddings)
-        return teacher_targets(
-            self.centering, self.momentum_head.last_layer, embeddings, self.teacher_temperature()
-        )
+        prototypes, temperature = self.momentum_head.last_layer, self.teacher_temperature()
+        log_normalizer = prototypes.log_normalizer(temperature)
+        return teacher_targets(self.centering, prototypes, embeddings, temperature, log_normalizer)
 
     def distillation_loss(self, crops: list[Tensor]) -> DistillationOutput:
         """DINO's loss over all pairs of one global teacher view and another student view."""

@@ -64,7 +64,8 @@ def test_targets_and_center__equal_the_plain_formulas(fused, name, normalization
     layer, centering, y = make_case(name, normalization, *sizes)
     exact, before = copy.deepcopy(centering), centering.center.clone()
     expected = plain(exact, layer.double(), y.double(), 0.05, update).clone()
-    found = targets.teacher_targets(centering, layer.float(), y, 0.05, update=update)
+    bias = layer.float().log_normalizer(0.05)
+    found = targets.teacher_targets(centering, layer, y, 0.05, bias, update=update)
     assert len(fused) == 1
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
@@ -77,7 +78,7 @@ def test_logits_hundreds_of_nats_apart__stay_finite(fused):
     layer.weight_g.data.mul_(100)
     exact = copy.deepcopy(centering)
     expected = plain(exact, layer, y, 0.05, update=True).clone()
-    found = targets.teacher_targets(centering, layer, y, 0.05)
+    found = targets.teacher_targets(centering, layer, y, 0.05, None)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
     assert exact.center.min() < -200
     torch.testing.assert_close(centering.center, exact.center, rtol=1e-5, atol=1e-3)
@@ -85,7 +86,10 @@ def test_logits_hundreds_of_nats_apart__stay_finite(fused):
 
 def test_sinkhorn_and_no_rows__take_the_plain_formulas(fused):
     layer, centering, y = make_case("logit", "none", 6, 128)
-    found = targets.teacher_targets(make_centering("sinkhorn", 128), layer, y, 0.05)
+    found = targets.teacher_targets(make_centering("sinkhorn", 128), layer, y, 0.05, None)
     torch.testing.assert_close(found.sum(-1), torch.ones(6))
-    assert targets.teacher_targets(centering, layer, y[:0], 0.05, update=False).shape == (0, 128)
+    assert targets.teacher_targets(centering, layer, y[:0], 0.05, None, update=False).shape == (
+        0,
+        128,
+    )
     assert not fused

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from dinovmf_plugin.core.assignments import log_mean_probability, sinkhorn
 from dinovmf_plugin.core.centering import (
     CENTERINGS,
     Centering,
     LogitCentering,
     ProbabilityCentering,
     SinkhornCentering,
-    log_mean_probability,
     make_centering,
-    sinkhorn,
 )
 
 K = 9

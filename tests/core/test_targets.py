@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,22 +11,14 @@ from torch.nn import functional as F
 from dinovmf_plugin.core.centering import make_centering
 from dinovmf_plugin.core.prototypes import Prototypes
 from dinovmf_plugin.core.targets import teacher_targets
+from tests.interpreted import assert_passes_interpreted
 
-_CHECKS = str(Path(__file__).with_name("interpreted_targets.py"))
+_CHECKS = Path(__file__).with_name("interpreted_targets.py")
 NAMES = ("logit", "probability", "sinkhorn")
 
 
 def test_kernels__in_tritons_interpreter__equal_the_plain_formulas():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", "-v", _CHECKS],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(_CHECKS)
 
 
 @pytest.mark.parametrize("normalization", ["none", "vmf"])
@@ -45,9 +34,9 @@ def test_cpu__targets_of_the_center_as_it_was__then_the_center_moves(name, norma
         expected = apart(scores, 0.1, bias).clone()
         kept = apart.center.clone()
         apart.update(scores, 0.1, bias)
-        assert torch.equal(teacher_targets(joined, layer, y, 0.1, update=False), expected)
+        assert torch.equal(teacher_targets(joined, layer, y, 0.1, bias, update=False), expected)
         assert torch.equal(joined.center, kept)
-        assert torch.equal(teacher_targets(joined, layer, y, 0.1), expected)
+        assert torch.equal(teacher_targets(joined, layer, y, 0.1, bias), expected)
         assert torch.equal(joined.center, apart.center)
 
 
@@ -65,7 +54,8 @@ def test_gpu__kernels_equal_the_plain_formulas(monkeypatch, name, normalization,
         monkeypatch.setenv("DINOVMF_TRITON", switch)
         centering = make_centering(name, 5000).cuda()
         with torch.autocast("cuda", torch.bfloat16, enabled=half):
-            made = [teacher_targets(centering, layer, y, 0.04) for _ in range(2)]
+            bias = layer.log_normalizer(0.04)
+            made = [teacher_targets(centering, layer, y, 0.04, bias) for _ in range(2)]
         found.append((*made, centering.center))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

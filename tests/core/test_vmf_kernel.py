@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +9,13 @@ import torch
 
 from dinovmf_plugin.core import triton_use
 from dinovmf_plugin.core.prototypes import Prototypes
+from tests.interpreted import assert_passes_interpreted
 
-_CHECKS = str(Path(__file__).with_name("interpreted_vmf.py"))
+_CHECKS = Path(__file__).with_name("interpreted_vmf.py")
 
 
 def test_kernel__in_tritons_interpreter__equals_the_formula():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", "-v", _CHECKS],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(_CHECKS)
 
 
 class OnGpu:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from dinovmf_plugin.losses import fused
+from tests.interpreted import assert_passes_interpreted
 
 
 def test_kernels__in_tritons_interpreter__equal_the_plain_formula():
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", "-v", _CHECKS],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    assert_passes_interpreted(_CHECKS)
 
 
-_CHECKS = str(Path(__file__).with_name("interpreted_fused.py"))
+_CHECKS = Path(__file__).with_name("interpreted_fused.py")
 
 
 def test_shares__cover_all_prototypes_and_none_is_empty():
