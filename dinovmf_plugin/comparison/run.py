@@ -39,7 +39,6 @@ from dinovmf_plugin.training.folders import choose_folder, find_checkpoint, run_
 __all__ = ["flat_metrics", "run_one"]
 
 RESULT = "result.json"
-BASELINES = "baselines.json"
 
 
 def flat_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -140,24 +139,21 @@ def _check_before_training(recipe: DictConfig, settings: RunSettings, folder: Pa
 def _baselines(
     network: Network, config: Mapping[str, Any], settings: RunSettings
 ) -> dict[str, Any]:
-    """What kNN gives without training; measured once in a folder for each architecture, then read.
+    """What kNN gives without training: measured by one run for all of its architecture, then read.
 
-    The measured page and JSON file are in ``output_dir/baselines/<digest>``.
+    Kept in ``output_dir/baselines/<digest>.json``; the page is in the folder of the run that measured it.
     """
     shared = settings.comparison
-    own = ("checkpoint", "output_dir", "cache_dir", "progress", "device")
-    kept = {key: value for key, value in config.items() if key not in own}
-    kept |= {"baselines": list(shared.baselines), "evaluations": ["knn"]}
-    made_of = [str(network.shape), list(network.statistics), kept]
+    names = list(shared.baselines)
+    # all other settings bind output_dir
+    made_of = [str(network.shape), network.statistics, config["data"], config["knn"]]
     text = json.dumps(made_of, sort_keys=True, default=str)
-    folder = Path(shared.output_dir) / "baselines" / hashlib.sha256(text.encode()).hexdigest()[:8]
-    file = folder / BASELINES
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    file = Path(shared.output_dir) / "baselines" / f"{digest}.json"
     if not file.is_file():
-        measured = evaluate(
-            {**config, **kept, "output_dir": str(folder)}, ["knn"], "evaluation", network=network
-        )
-        write_json(file, {"made_of": made_of, "baselines": measured["baselines"]})
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["baselines"]
+        measured = evaluate({**config, "baselines": names}, ["knn"], "baselines", network=network)
+        write_json(file, measured["baselines"])
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 

@@ -71,12 +71,12 @@ def describe_difference(
             f"{name} against {other}: {told}with {count} seed(s) in common the spread is unknown, so this "
             "shows nothing."
         )
-    mean, std = mean_and_std(differences)
+    mean, _ = mean_and_std(differences)
     seeds = f"{with_spread(differences, 2)} points over {count} paired seeds"
     sign = "+" if mean >= 0 else ""
     if count < 3:  # one degree of freedom: two equal differences would have p = 0
         return f"{name} against {other}: {sign}{seeds}, too few for a test."
-    if std < 1e-9:  # accuracies are rounded numbers
+    if max(differences) - min(differences) < 1e-9:  # equal but for rounding
         word = "above" if mean > 0 else "below" if mean < 0 else "level with"
         return f"{name} is {word} {other}: {mean:+.2f} points with each of {count} paired seeds."
     p = float(ttest_1samp(differences, 0.0).pvalue)

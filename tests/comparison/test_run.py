@@ -84,11 +84,11 @@ def test_held_out_log_likelihood__is_that_of_the_density_written_out(finished: A
 
 def test_baselines__are_measured_once_for_all_runs(finished: Any, make_comparison: Any) -> None:
     settings, result, path = finished
-    (file,) = Path(settings.comparison.output_dir).glob("baselines/*/baselines.json")
+    (file,) = Path(settings.comparison.output_dir).glob("baselines/*.json")
     network = load_network(path.parent / result["checkpoint"], head=True)
     config = run_module._evaluation_config("any", settings.recipe(), settings, path.parent)
     stored = json.loads(file.read_text())
-    stored["baselines"]["untrained"]["knn"]["k1"]["top1"] = 12.5  # only to be recognized
+    stored["untrained"]["knn"]["k1"]["top1"] = 12.5  # only to be recognized
     before = file.read_text()
     file.write_text(json.dumps(stored))
     found = run_module._baselines(network, config, settings)
