@@ -16,6 +16,7 @@ from dinovmf_plugin.comparison.charts import (
     seeds_chart,
     stability_chart,
 )
+from dinovmf_plugin.comparison.measures import differences_table, learnt
 from dinovmf_plugin.comparison.results import Group, group_runs, read_results, short_labels
 from dinovmf_plugin.comparison.statistics import mean_and_std, with_spread
 from dinovmf_plugin.comparison.tables import (
@@ -24,7 +25,6 @@ from dinovmf_plugin.comparison.tables import (
     collapsed_sentences,
     comparison_table,
     difference_sentences,
-    learnt,
     metric_name,
     paper_table,
     runs_table,
@@ -76,13 +76,21 @@ def _ordered(groups: Sequence[Group], kind: str) -> list[Group]:
     )
 
 
-def _baseline(groups: Sequence[Group], kind: str) -> Group:
-    """DINO's own cell in the ablation, the first candidate otherwise."""
+def _baseline(groups: Sequence[Group], kind: str, against: str | None) -> Group:
+    """The one that is named, else DINO's own cell in the ablation, the first candidate otherwise."""
+    if against is not None:
+        named = [group for group in groups if group.label == against]
+        if not named:
+            names = ", ".join(group.label for group in groups)
+            raise ValueError(f"against={against!r} must be one of those that train: {names}")
+        return named[0]
     plain = [g for g in groups if g.switches == ("none", "logit") and g.whole]
     return plain[0] if kind == "ablation" and plain else groups[0]
 
 
-def _tables(groups: Sequence[Group], kind: str, headline: str) -> list[tuple[str, Table]]:
+def _tables(
+    groups: Sequence[Group], kind: str, headline: str, baseline: Group | None
+) -> list[tuple[str, Table]]:
     metrics = list(dict.fromkeys(metric for group in groups for metric in group.metrics))
     knn = [metric for metric in metrics if metric.startswith("knn_")]
     others = [metric for metric in metrics if not metric.startswith("knn_")]
@@ -105,6 +113,9 @@ def _tables(groups: Sequence[Group], kind: str, headline: str) -> list[tuple[str
     used = utilization_table(groups)
     if used is not None:
         found.append(("Prototypes of the teacher", used))
+    differences = differences_table(groups, baseline, headline) if baseline else None
+    if differences is not None:
+        found.append((f"Differences from {baseline.name}", differences))
     return found
 
 
@@ -117,15 +128,20 @@ def _baseline_row(results: Sequence[dict[str, Any]], headline: str) -> str:
     return f"{metric_name(headline)} without training: {', '.join(parts)}." if parts else ""
 
 
-def collect(output_dir: str | Path) -> dict[str, Any]:
+def collect(output_dir: str | Path, against: str | None = None) -> dict[str, Any]:
     """Write ``KIND.json``, ``KIND.html`` and ``KIND.md`` (KIND is ``ablation`` or ``compare``).
+
+    Args:
+        output_dir: of the comparison.
+        against: name, as in the tables, of what all others are compared to; None: DINO's cell of an
+            ablation, else the first candidate.
 
     Returns:
         What the JSON file holds.
 
     Raises:
         FileNotFoundError: if no run has finished.
-        ValueError: if results contradict each other.
+        ValueError: if results contradict each other, or nothing that trains is named ``against``.
     """
     root = Path(output_dir)
     results = read_results(root)
@@ -138,10 +154,12 @@ def collect(output_dir: str | Path) -> dict[str, Any]:
     varied = [group for group in groups if group.lr is not None]
     compared = [group for group in groups if group.whole]
     sentences = collapsed_sentences(groups)
-    if compared and not varied:
-        sentences += difference_sentences(compared, headline, _baseline(compared, kind))
+    baseline = None
+    if against is not None or (compared and not varied):
+        baseline = _baseline([] if varied else compared, kind, against)
+        sentences += difference_sentences(compared, headline, baseline)
     stability = stability_sentences(varied) if varied else []
-    tables = _tables(compared, kind, headline) if compared else []
+    tables = _tables(compared, kind, headline, baseline) if compared else []
     tables.append(("Every run", runs_table(groups, headline)))
     if varied:
         tables.insert(0, ("kNN by learning rate, top-1 (%)", stability_table(varied, headline)))

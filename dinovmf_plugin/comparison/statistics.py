@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import ttest_1samp
 
-__all__ = ["describe_difference", "mean_and_std", "with_spread"]
+__all__ = ["describe_difference", "mean_and_std", "paired_differences", "paired_p", "with_spread"]
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
@@ -39,6 +39,31 @@ def with_spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
+def paired_differences(by_seed: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
+    """``by_seed - other`` for every seed that both have.
+
+    Example:
+        >>> paired_differences({0: 3.0, 1: 4.0, 2: 9.0}, {0: 1.0, 1: 1.0})
+        [2.0, 3.0]
+    """
+    return [by_seed[seed] - other[seed] for seed in by_seed if seed in other]
+
+
+def paired_p(differences: Sequence[float]) -> float | None:
+    """P-value of a paired t-test; None where there is nothing to test.
+
+    That is with fewer than three differences (one degree of freedom: two equal ones would have p = 0), and
+    with differences that are equal but for rounding.
+
+    Example:
+        >>> round(paired_p([1.0, 1.0, 1.1]), 4), paired_p([1.0, 1.1]), paired_p([1.0, 1.0, 1.0])
+        (0.001, None, None)
+    """
+    if len(differences) < 3 or max(differences) - min(differences) < 1e-9:
+        return None
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
 def describe_difference(
     name: str, by_seed: Mapping[int, float], other: str, other_by_seed: Mapping[int, float]
 ) -> str:
@@ -63,7 +88,7 @@ def describe_difference(
     """
     if not by_seed or not other_by_seed:
         raise ValueError("there is no value to compare")
-    differences = [by_seed[s] - other_by_seed[s] for s in by_seed if s in other_by_seed]
+    differences = paired_differences(by_seed, other_by_seed)
     count = len(differences)
     if count < 2:
         told = f"{differences[0]:+.2f} points; " if differences else ""
@@ -74,12 +99,12 @@ def describe_difference(
     mean, _ = mean_and_std(differences)
     seeds = f"{with_spread(differences, 2)} points over {count} paired seeds"
     sign = "+" if mean >= 0 else ""
-    if count < 3:  # one degree of freedom: two equal differences would have p = 0
+    if count < 3:
         return f"{name} against {other}: {sign}{seeds}, too few for a test."
-    if max(differences) - min(differences) < 1e-9:  # equal but for rounding
+    p = paired_p(differences)
+    if p is None:
         word = "above" if mean > 0 else "below" if mean < 0 else "level with"
         return f"{name} is {word} {other}: {mean:+.2f} points with each of {count} paired seeds."
-    p = float(ttest_1samp(differences, 0.0).pvalue)
     if p >= 0.05:
         return f"{name} and {other} do not differ beyond the spread of the seeds: {sign}{seeds}, p = {p:.2g}."
     word = "above" if mean > 0 else "below"

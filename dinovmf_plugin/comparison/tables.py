@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from dinovmf_plugin.comparison.measures import learnt
 from dinovmf_plugin.comparison.results import Group
 from dinovmf_plugin.comparison.statistics import describe_difference, with_spread
 from dinovmf_plugin.report.paper import method_label, paper_ablation, paper_rows
@@ -17,7 +18,6 @@ __all__ = [
     "collapsed_sentences",
     "comparison_table",
     "difference_sentences",
-    "learnt",
     "paper_table",
     "runs_table",
     "stability_sentences",
@@ -136,13 +136,6 @@ def utilization_table(groups: Sequence[Group]) -> Table | None:
     header = ["", "unique prototypes", "largest duplicate set", "runs with a void set"]
     header += ["used (perplexity)", "κ 5 %", "κ median", "κ 95 %", "log p(y), held out"]
     return Table(header, rows) if rows else None
-
-
-def learnt(run: Mapping[str, Any]) -> dict[str, float | None]:
-    """The last record of a run's monitor: information in nats and as shares, loss over log K."""
-    names = ("target_information", "target_information_share", "student_information_share")
-    last: dict[str, Any] = next(iter(run["monitor"]["step"][-1:]), {})
-    return {name: last.get(name) for name in (*names, "loss_over_log_k")}
 
 
 def runs_table(groups: Sequence[Group], metric: str) -> Table:
