@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -21,11 +22,13 @@ from dinovmf_plugin.comparison.devices import lease_gpu
 from dinovmf_plugin.comparison.launch import train
 from dinovmf_plugin.comparison.outcome import outcome_of
 from dinovmf_plugin.comparison.shared import RunSettings
+from dinovmf_plugin.core.distributed import Processes
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.evaluation.protocols import evaluation_settings
 from dinovmf_plugin.evaluation.runner import check_evaluation, evaluate
-from dinovmf_plugin.features.checks import NonFiniteFeaturesError
-from dinovmf_plugin.features.embedding import embed
-from dinovmf_plugin.features.images import image_folder
+from dinovmf_plugin.evaluation.workbench import Images, Workbench
+from dinovmf_plugin.features.checks import NonFiniteFeaturesError, first_non_finite_row
+from dinovmf_plugin.features.images import ImageSet, image_folder
 from dinovmf_plugin.features.mixture import make_mixture
 from dinovmf_plugin.features.network import Network, load_network
 from dinovmf_plugin.pretraining import build_method
@@ -39,6 +42,7 @@ from dinovmf_plugin.training.folders import choose_folder, find_checkpoint, run_
 __all__ = ["flat_metrics", "run_one"]
 
 RESULT = "result.json"
+_ROWS = 4096
 
 
 def flat_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -73,8 +77,24 @@ def _identity(recipe: DictConfig, settings: RunSettings) -> str:
     return f"{run_identity(recipe)}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+@torch.no_grad()
+def _embeddings(bench: Workbench, images: ImageSet, transform: CenterCrop) -> Tensor:
+    """The head's unit vectors ``(N, p)``, from the CLS features that kNN has left in the cache."""
+    network = bench.backbone
+    features = bench.features(images, {"cls": "cls"}, transform)[0]["cls"]
+    head = network.mixture_head[0]
+    y = torch.cat([head(rows.to(network.device)).float().cpu() for rows in features.split(_ROWS)])
+    bad = first_non_finite_row(y)
+    if bad is not None:
+        raise NonFiniteFeaturesError(
+            f"{network.record['checkpoint']}: the embedding of {images.describe_image(bad)} is NaN or "
+            "infinite"
+        )
+    return y
+
+
 def _prototypes(
-    network: Network, recipe: DictConfig, settings: RunSettings, crop: CenterCrop, device: str
+    network: Network, config: Mapping[str, Any], recipe: DictConfig, settings: RunSettings
 ) -> dict[str, Any] | None:
     """Utilization, void set, usage and concentrations of the plugin's methods; None for others.
 
@@ -83,8 +103,12 @@ def _prototypes(
     """
     if network.head is None:
         return None
-    network.to(pick_device(device))
-    options = settings.comparison.evaluation.get("data") or {}
+    checked = evaluation_settings(config)
+    device = pick_device(checked.device)
+    network.to(device)
+    cache = Path(config["cache_dir"])
+    bench = Workbench(network, checked, Images(checked), device, cache, Processes())
+    transform = bench.transform(checked.sections["knn"])
 
     def embeddings(key: str) -> Tensor:
         images = image_folder(
@@ -94,14 +118,7 @@ def _prototypes(
             fraction=recipe.data.fraction,
             keys=SourceKeys.of(recipe.data),
         )
-        return embed(
-            network,
-            images,
-            crop,
-            batch_size=options.get("batch_size", 64),
-            num_workers=options.get("num_workers", 4),
-            progress=bool(settings.comparison.evaluation.get("progress", True)),
-        ).y
+        return _embeddings(bench, images, transform)
 
     thresholds = settings.comparison.thresholds
     found = measure_prototypes(network, embeddings("train_path"), thresholds, components=False)[0]
@@ -169,9 +186,7 @@ def _evaluate(
     if shared.baselines:
         # the features of the trained network are in the cache: only the baselines cost anything
         baselines = _baselines(network, config, settings)
-    knn = config["knn"]
-    crop = CenterCrop(knn["resize"], knn["crop_size"], knn.get("interpolation", "bicubic"))
-    prototypes = _prototypes(network, recipe, settings, crop, config.get("device", "auto"))
+    prototypes = _prototypes(network, config, recipe, settings)
     if not shared.keep_features:
         shutil.rmtree(config["cache_dir"], ignore_errors=True)
     return {

@@ -16,10 +16,12 @@ from dinovmf_plugin.comparison import run as run_module
 from dinovmf_plugin.comparison.run import run_one
 from dinovmf_plugin.comparison.shared import RunSettings
 from dinovmf_plugin.data.evaluation_loaders import CenterCrop
+from dinovmf_plugin.evaluation import workbench
 from dinovmf_plugin.features.embedding import embed
 from dinovmf_plugin.features.images import image_folder
 from dinovmf_plugin.features.network import load_network
 from dinovmf_plugin.recipes import Candidate
+from dinovmf_plugin.training.config import parse_cfg
 from dinovmf_plugin.training.curve import read_curve
 
 VMF = Candidate("dino_multicrop", settings={"normalization": "vmf", "centering": "probability"})
@@ -219,3 +221,23 @@ def test_what_the_evaluation_would_refuse__is_refused_before_training(
 
     with pytest.raises(ValueError, match=message):
         compare()
+
+
+def test_prototypes__are_measured_on_the_features_of_knn__which_are_made_once(
+    finished: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings, result, path = finished
+    passes: list[str] = []
+    extract = workbench.extract_feature_set
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes.append(kwargs["name"])
+        return extract(*args, **kwargs)
+
+    monkeypatch.setattr(workbench, "extract_feature_set", counted)
+    shared = dataclasses.replace(settings.comparison, evaluations=("knn",), baselines=())
+    again = dataclasses.replace(settings, comparison=shared)
+    checkpoint = str(path.parent / result["checkpoint"])
+    found = run_module._evaluate(checkpoint, parse_cfg(settings.recipe()), again, tmp_path)
+    assert sorted(passes) == ["train", "val"]
+    assert found["prototypes"]["usage"] == result["prototypes"]["usage"]
