@@ -113,9 +113,10 @@ def _tables(
     used = utilization_table(groups)
     if used is not None:
         found.append(("Prototypes of the teacher", used))
-    differences = differences_table(groups, baseline, headline) if baseline else None
-    if differences is not None:
-        found.append((f"Differences from {baseline.name}", differences))
+    if baseline is not None:
+        differences = differences_table(groups, baseline, headline)
+        if differences is not None:
+            found.append((f"Differences from {baseline.name}", differences))
     return found
 
 
