@@ -151,6 +151,18 @@ def test_curves__of_a_stopped_run__the_later_value_counts(tmp_path):
     assert curves == {"loss": ([0, 1, 2, 3], [1.0, 5.0, 3.0, 6.0]), "accuracy": ([3], [7.0])}
 
 
+def test_curves__what_log_and_monitor_both_have__is_one_point_a_record(tmp_path):
+    (tmp_path / "metrics").mkdir()
+    log = "step,monitor/kl,monitor/kappa_median\n19,0.5,\n39,0.25,\n39,,25.0\n"
+    (tmp_path / "metrics" / "metrics.csv").write_text(log)
+    records = [{"kind": "step", "epoch": 0, "step": s, "kl": v} for s, v in ((20, 0.5), (40, 0.25))]
+    (tmp_path / "monitor.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert dv.Run(tmp_path / "a.ckpt").curves == {
+        "monitor/kl": ([20, 40], [0.5, 0.25]),
+        "monitor/kappa_median": ([39], [25.0]),
+    }
+
+
 @pytest.fixture
 def given(monkeypatch):
     """The recipe that ``pretrain`` hands on, without training."""

@@ -72,8 +72,9 @@ class Run:
     def curves(self) -> dict[str, tuple[list[int], list[float]]]:
         """Steps and values by metric, such as ``train_loss_epoch`` or ``monitor/target_information``.
 
-        From the run's CSV log and, where that is off, the monitor's records. Of a step that was made twice
-        (a run that was stopped and went on), the later value counts.
+        From the run's CSV log and the monitor's records; what is in both (the logger counts a step less) is
+        taken of the records. Of a step that was made twice (a run that was stopped and went on), the later
+        value counts.
         ``plt.plot(*run.curves["train_loss_step"])`` draws one.
         """
         found: dict[str, dict[int, float]] = {}
@@ -81,11 +82,12 @@ class Run:
             for name, value in record.items():
                 if name not in _NO_CURVES and isinstance(value, int | float):
                     found.setdefault(f"monitor/{name}", {})[int(record["step"])] = float(value)
+        recorded = set(found)
         for path in sorted(self.folder.rglob("metrics.csv"), key=_start):
             with open(path, encoding="utf-8", newline="") as file:
                 for row in csv.DictReader(file):
                     for name, text in row.items():
-                        if text and name not in _NO_CURVES:
+                        if text and name not in _NO_CURVES and name not in recorded:
                             found.setdefault(name, {})[int(row["step"])] = float(text)
         return {name: (sorted(v), [v[step] for step in sorted(v)]) for name, v in found.items()}
 
