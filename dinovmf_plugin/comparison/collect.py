@@ -16,7 +16,7 @@ from dinovmf_plugin.comparison.charts import (
     seeds_chart,
     stability_chart,
 )
-from dinovmf_plugin.comparison.measures import differences_table, learnt
+from dinovmf_plugin.comparison.measures import differences_table, learning_table, learnt
 from dinovmf_plugin.comparison.results import Group, group_runs, read_results, short_labels
 from dinovmf_plugin.comparison.statistics import mean_and_std, with_spread
 from dinovmf_plugin.comparison.tables import (
@@ -110,6 +110,9 @@ def _tables(
         if paper is not None:
             found.append(("The paper's numbers on ImageNet, not on this data", paper))
     found.append(("kNN by number of neighbors", comparison_table(groups, knn)))
+    learning = learning_table(groups, headline)
+    if learning is not None:
+        found.append(("What was learnt", learning))
     used = utilization_table(groups)
     if used is not None:
         found.append(("Prototypes of the teacher", used))

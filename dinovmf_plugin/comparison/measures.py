@@ -9,7 +9,7 @@ from dinovmf_plugin.comparison.results import Group
 from dinovmf_plugin.comparison.statistics import paired_differences, paired_p, with_spread
 from dinovmf_plugin.report.tables import Table
 
-__all__ = ["components_in_use", "differences_table", "learnt"]
+__all__ = ["components_in_use", "differences_table", "learning_table", "learnt"]
 
 
 def learnt(run: Mapping[str, Any]) -> dict[str, float | None]:
@@ -28,16 +28,59 @@ def _held_out(run: Mapping[str, Any]) -> float | None:
     return run["prototypes"]["held_out_log_likelihood"] if run["prototypes"] else None
 
 
-def _measures(metric: str) -> dict[str, Callable[[Mapping[str, Any]], float | None]]:
+Measure = Callable[[Mapping[str, Any]], Any]
+
+
+def _measures(metric: str) -> dict[str, tuple[Measure, int, str]]:
+    """What is compared: of a run, digits in tables, unit."""
     return {
-        "kNN, points": lambda run: run["metrics"].get(metric),
-        "I, nats": lambda run: learnt(run)["target_information"],
-        "components in use": components_in_use,
-        "log p(y), held out": _held_out,
+        "kNN": (lambda run: run["metrics"].get(metric), 2, "points"),
+        "I": (lambda run: learnt(run)["target_information"], 3, "nats"),
+        "components in use": (components_in_use, 1, "perplexity"),
+        "log p(y), held out": (_held_out, 1, "nats"),
     }
 
 
-def _by_seed(group: Group, measure: Callable[[Mapping[str, Any]], Any]) -> dict[int, float]:
+def _share(name: str) -> Measure:
+    def percent(run: Mapping[str, Any]) -> float | None:
+        value = learnt(run)[name]
+        return None if value is None else 100 * value
+
+    return percent
+
+
+def learning_table(groups: Sequence[Group], metric: str) -> Table | None:
+    """Mean and spread over the seeds of accuracy and of what targets, student and mixture say.
+
+    Args:
+        groups: of runs that train.
+        metric: the accuracy, such as ``knn_k10``.
+
+    Returns:
+        None if no run has a monitor's records.
+    """
+    wanted: dict[str, tuple[Measure, int]] = {
+        "kNN (%)": (lambda run: run["metrics"].get(metric), 1),
+        "I, nats": (lambda run: learnt(run)["target_information"], 2),
+        "student's share (%)": (_share("student_information_share"), 1),
+        "loss / log K (%)": (_share("loss_over_log_k"), 1),
+        "components in use": (components_in_use, 0),
+        "log p(y), held out": (_held_out, 1),
+    }
+    if not any(_by_seed(group, wanted["I, nats"][0]) for group in groups):
+        return None
+    rows = [
+        [group.name, str(len(group.whole))]
+        + [
+            with_spread(list(_by_seed(group, measure).values()), digits)
+            for measure, digits in wanted.values()
+        ]
+        for group in groups
+    ]
+    return Table(["", "seeds", *wanted], rows)
+
+
+def _by_seed(group: Group, measure: Measure) -> dict[int, float]:
     found = {run["seed"]: measure(run) for run in group.whole}
     return {seed: value for seed, value in found.items() if value is not None}
 
@@ -62,18 +105,18 @@ def differences_table(groups: Sequence[Group], baseline: Group, metric: str) -> 
         None if no group has a seed in common with the baseline.
     """
     measures = _measures(metric)
-    digits = {"kNN, points": 2, "I, nats": 3}
     rows = []
     for group in groups:
         if group is baseline:
             continue
         found = {
             name: paired_differences(_by_seed(group, measure), _by_seed(baseline, measure))
-            for name, measure in measures.items()
+            for name, (measure, _, _) in measures.items()
         }
         if any(found.values()):
             seeds = max(map(len, found.values()))
-            cells = [_difference(found[name], digits.get(name, 1)) for name in measures]
+            cells = [_difference(found[name], digits) for name, (_, digits, _) in measures.items()]
             rows.append([group.name, *cells, str(seeds)])
-    header = [f"less {baseline.name}", *measures, "paired seeds"]
+    named = [f"{name}, {unit}" for name, (_, _, unit) in measures.items()]
+    header = [f"less {baseline.name}", *named, "paired seeds"]
     return Table(header, rows) if rows else None

@@ -15,7 +15,7 @@ from scipy import stats
 from dinovmf_plugin.comparison import __main__ as command
 from dinovmf_plugin.comparison.cells import cells_figure, cells_of
 from dinovmf_plugin.comparison.collect import collect
-from dinovmf_plugin.comparison.measures import differences_table
+from dinovmf_plugin.comparison.measures import differences_table, learning_table
 from dinovmf_plugin.comparison.results import group_runs, read_results
 
 USED = {"dino_multicrop": [20.0, 21.0, 23.0], "dino_vmf": [150.0, 154.0, 171.0]}
@@ -39,6 +39,7 @@ def two_cells(write_results: Any) -> Path:
         if run["label"] in USED:
             run["prototypes"]["usage"]["usage_perplexity"] = USED[run["label"]][run["seed"]]
             record = {"step": 9, "target_information": INFORMATION[run["label"]][run["seed"]]}
+            record |= {"student_information_share": 0.2, "loss_over_log_k": 0.4 + run["seed"] / 10}
             run["monitor"]["step"] = [record]
             path.write_text(json.dumps(run))
     return root
@@ -49,8 +50,8 @@ def test_differences__are_paired__with_the_p_of_scipy(two_cells: Path) -> None:
     table = differences_table(groups, groups[0], "knn_k10")
     assert table is not None
     assert table.header == [
-        "less dino_multicrop", "kNN, points", "I, nats", "components in use", "log p(y), held out",
-        "paired seeds",
+        "less dino_multicrop", "kNN, points", "I, nats", "components in use, perplexity",
+        "log p(y), held out, nats", "paired seeds",
     ]  # fmt: skip
     vmf, koleo = table.rows
     assert [vmf[0], vmf[5], koleo[0], koleo[5]] == [
@@ -65,6 +66,22 @@ def test_differences__are_paired__with_the_p_of_scipy(two_cells: Path) -> None:
         assert cell.startswith("+") == (mean >= 0)
     assert vmf[4] == "+0.0 ± 0.0"  # the same in every seed: nothing to test
     assert koleo[1] == "-6.00"  # one seed
+
+
+def test_learning__is_mean_and_spread_of_what_the_runs_recorded(two_cells: Path) -> None:
+    groups = group_runs(read_results(two_cells))
+    table = learning_table(groups, "knn_k10")
+    assert table is not None
+    assert table.header == [
+        "", "seeds", "kNN (%)", "I, nats", "student's share (%)", "loss / log K (%)",
+        "components in use", "log p(y), held out",
+    ]  # fmt: skip
+    assert table.rows[0] == [
+        "dino_multicrop", "3", "56.0 ± 1.0", "2.85 ± 0.05", "20.0 ± 0.0", "50.0 ± 10.0",
+        "21 ± 2", "21.0 ± 1.0",
+    ]  # fmt: skip
+    assert table.rows[2][3] == "–"  # nothing was recorded
+    assert learning_table(groups[2:], "knn_k10") is None
 
 
 def test_against__names_what_the_others_are_compared_to(two_cells: Path) -> None:
