@@ -23,7 +23,11 @@ from dinovmf_plugin.mixture.model import (
     typicality,
 )
 from dinovmf_plugin.mixture.precision import accuracy_by_percentile, precision_trend
-from dinovmf_plugin.mixture.statistics import prototype_statistics, usage_statistics
+from dinovmf_plugin.mixture.statistics import (
+    drift_statistics,
+    prototype_statistics,
+    usage_statistics,
+)
 from dinovmf_plugin.mixture.utilization import duplicate_groups, utilization, void_set
 
 __all__ = [
@@ -44,7 +48,7 @@ def measure_prototypes(
     components: bool = True,
     progress: bool = False,
 ) -> tuple[dict[str, Any], Tensor]:
-    """Utilisation sweep, void set, usage and concentrations.
+    """Utilisation sweep, void set, drift, usage and concentrations.
 
     Args:
         model: the network.
@@ -71,6 +75,7 @@ def measure_prototypes(
     result = {
         "utilization": sweep,
         "void_set": {"threshold": at, **asdict(found), "is_void": found.is_void},
+        "drift": drift_statistics(directions, y.mean(dim=0)),
         "usage": {
             "images": len(y),
             "winning_prototypes": int((hits > 0).sum()),

@@ -72,14 +72,21 @@ def _utilization(page: Page, models: Mapping[str, Mapping[str, Any]], chart: Any
             f"{found['cosine_with_mean']:.4f}",
             found["hits"],
             "yes" if found["is_void"] else "no",
+            f"{drift['data_cosine_median']:.2f}",
+            f"{drift['resultant_length']:.2f}",
         ]
-        for name, found in ((name, result["void_set"]) for name, result in models.items())
+        for name, found, drift in (
+            (name, result["void_set"], result["drift"]) for name, result in models.items()
+        )
     ]
     page.text(
         "A void set is a large duplicate set that points away from the data (cosine -1 with the mean "
-        "of y) and wins no image. The largest duplicate set:"
+        "of y) and wins no image. One begins to form where prototypes drift away from the data "
+        "together: their median cosine with the mean of y falls, and the length of their own mean "
+        "direction (0: spread out, 1: all the same) rises. The largest duplicate set, and the drift of all:"
     )
     header = ["model", "size", "share", "cosine with mean", "images won", "void set"]
+    header += ["all: median cosine with mean", "all: mean direction"]
     page.table(Table(header, rows))
 
 

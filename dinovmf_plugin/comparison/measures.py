@@ -57,7 +57,7 @@ def learning_table(groups: Sequence[Group], metric: str) -> Table | None:
         metric: the accuracy, such as ``knn_k10``.
 
     Returns:
-        None if no run has a monitor's records.
+        None if no run has a monitor's records or prototypes.
     """
     wanted: dict[str, tuple[Measure, int]] = {
         "kNN (%)": (lambda run: run["metrics"].get(metric), 1),
@@ -67,7 +67,8 @@ def learning_table(groups: Sequence[Group], metric: str) -> Table | None:
         "components in use": (components_in_use, 0),
         "log p(y), held out": (_held_out, 1),
     }
-    if not any(_by_seed(group, wanted["I, nats"][0]) for group in groups):
+    told = [measure for name, (measure, _) in wanted.items() if name != "kNN (%)"]
+    if not any(_by_seed(group, measure) for group in groups for measure in told):
         return None
     rows = [
         [group.name, str(len(group.whole))]

@@ -130,11 +130,11 @@ def utilization_table(groups: Sequence[Group]) -> Table | None:
                     with_spread([p["concentration"][f"kappa_{q}"] for p in found])
                     for q in ("p05", "median", "p95")
                 ],
-                with_spread([p["held_out_log_likelihood"] for p in found]),
+                with_spread([p["drift"]["data_cosine_median"] for p in found if "drift" in p], 2),
             ]
         )
     header = ["", "unique prototypes", "largest duplicate set", "runs with a void set"]
-    header += ["used (perplexity)", "κ 5 %", "κ median", "κ 95 %", "log p(y), held out"]
+    header += ["used (perplexity)", "κ 5 %", "κ median", "κ 95 %", "median cosine with mean y"]
     return Table(header, rows) if rows else None
 
 

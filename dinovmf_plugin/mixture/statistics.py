@@ -16,6 +16,7 @@ from dinovmf_plugin.mixture.utilization import duplicate_groups
 
 __all__ = [
     "distillation_statistics",
+    "drift_statistics",
     "duplicate_statistics",
     "entropy",
     "information_statistics",
@@ -196,6 +197,35 @@ def prototype_statistics(prototypes: Prototypes, temperature: float) -> dict[str
 
 
 @torch.no_grad()
+def drift_statistics(directions: Tensor, mean: Tensor) -> dict[str, float]:
+    """Whether prototypes drift away from the data together: a void set before its members are copies.
+
+    The paper (section 5.2) describes the end of it: most prototypes share one direction, opposite to
+    the data.
+
+    Args:
+        directions: unit prototypes ``(K, p)``.
+        mean: mean of ``y`` ``(p,)``; its length does not count.
+
+    Returns:
+        ``data_cosine_p05``, ``data_cosine_median`` and ``data_cosine_p95``, quantiles over the prototypes of
+        their cosine with the mean; and ``resultant_length``, the length of their own mean direction (0:
+        spread out, about ``1 / sqrt(K)`` at random; 1: all the same).
+
+    Example:
+        >>> directions = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+        >>> found = drift_statistics(directions, torch.tensor([2.0, 0.0]))
+        >>> found["data_cosine_median"], round(found["resultant_length"], 3)
+        (-1.0, 0.333)
+    """
+    directions = directions.float()
+    cosines = directions @ F.normalize(mean.to(directions), dim=0)
+    quantiles = torch.quantile(cosines, torch.tensor([0.05, 0.5, 0.95], device=cosines.device))
+    names = ("data_cosine_p05", "data_cosine_median", "data_cosine_p95")
+    found = dict(zip(names, quantiles.tolist(), strict=True))
+    return found | {"resultant_length": float(directions.mean(dim=0).norm())}
+
+
 def duplicate_statistics(directions: Tensor, mean: Tensor, sample: int = 4096) -> dict[str, float]:
     """Unique prototypes, and how the largest duplicate set lies to the data (threshold 0.9).
 

@@ -46,7 +46,8 @@ class MixtureMonitor(Callback):
       targets), ``batch_perplexity``, ``batch_largest_win_share``, ``center_min``, ``center_max``;
     * per epoch: ``win_share``, ``usage_perplexity``, ``largest_win_share``, ``usage_rows``,
       ``unique_prototypes``, ``examined_prototypes``, ``largest_duplicate_share``,
-      ``largest_duplicate_cosine``, quantiles ``kappa_*`` and ``magnitude_*``, ``negative_g``.
+      ``largest_duplicate_cosine``, ``data_cosine_*``, ``resultant_length``, quantiles ``kappa_*``
+      and ``magnitude_*``, ``negative_g``.
 
     Args:
         every_n_steps: optimizer steps between records.
@@ -163,7 +164,9 @@ class MixtureMonitor(Callback):
             record["usage_rows"] = float(wins.sum())
             record |= {k: float(v) for k, v in monitors.usage_statistics(wins).items()}
         mean = distributed_sum(self._embedding_sum)  # its direction is all that counts
-        record |= monitors.duplicate_statistics(teacher.directions(), mean)
+        directions = teacher.directions()
+        record |= monitors.duplicate_statistics(directions, mean)
+        record |= monitors.drift_statistics(directions, mean)
         record |= to_floats(monitors.prototype_statistics(teacher, step.teacher_temperature))
         pl_module.log_dict(
             {f"monitor/{k}": v for k, v in record.items()},

@@ -105,6 +105,9 @@ def test_json__holds_what_the_parts_compute(analyzed, plugin_checkpoint, image_f
         model.prototypes.directions()[stored["void_set"]["representative"]], y.mean(0), dim=0
     )
     assert stored["void_set"]["cosine_with_mean"] == pytest.approx(float(mean), abs=1e-5)
+    drift = torch.nn.functional.cosine_similarity(model.prototypes.directions(), y.mean(0)[None])
+    median = float(drift.quantile(0.5))
+    assert stored["drift"]["data_cosine_median"] == pytest.approx(median, abs=1e-5)
     likelihood = prototype_mixture(model.prototypes, 0.05).log_likelihood(y).mean()
     assert stored["mixture"]["train"]["log_likelihood"] == pytest.approx(
         float(likelihood), abs=1e-4

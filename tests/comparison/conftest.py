@@ -89,6 +89,7 @@ def _result(
     prototypes = {
         "utilization": {"greedy": {"0.9": {"unique": 50 + seed, "largest": 9}}},
         "void_set": {"threshold": 0.9, "is_void": seed == 0},
+        "drift": {"data_cosine_median": -0.5 - seed / 10},
         "usage": {"usage_perplexity": 30.0},
         "concentration": {"kappa_p05": 8.0, "kappa_median": 10.0 + seed, "kappa_p95": 12.0},
         "held_out_log_likelihood": 20.0 + seed,

@@ -164,9 +164,10 @@ def test_comparison_table_and_the_papers_numbers(write_results: Any, no_charts: 
     assert "not on this data" in text
     # unique prototypes 50 and 51, one of two runs with a void set
     assert (
-        "| dino_vmf | 50 ± 1 | 9 ± 0 | 1 of 2 | 30 ± 0 | 8.0 ± 0.0 | 10.5 ± 0.7 | 12.0 ± 0.0 | 20.5 ± 0.7 |"
+        "| dino_vmf | 50 ± 1 | 9 ± 0 | 1 of 2 | 30 ± 0 | 8.0 ± 0.0 | 10.5 ± 0.7 | 12.0 ± 0.0 | -0.55 ± 0.07 |"
         in text
     )
+    assert "| dino_vmf | 2 | 75.5 ± 0.7 | – | – | – | 30 ± 0 | 20.5 ± 0.7 |" in text
     assert "untrained 60.0 %" in text
 
 

@@ -124,6 +124,18 @@ def test_duplicate_statistics__of_a_sample_estimate_the_whole():
     assert void_set_alarm(part).name == "void_set"
 
 
+def test_drift_statistics__equal_numpy():
+    generator = np.random.default_rng(0)
+    w = generator.normal(size=(301, 16))
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    mean = generator.normal(size=16)
+    cosine = w @ mean / np.linalg.norm(mean)
+    found = monitors.drift_statistics(torch.tensor(w).float(), torch.tensor(mean).float())
+    for name, q in (("p05", 5), ("median", 50), ("p95", 95)):
+        assert found[f"data_cosine_{name}"] == pytest.approx(np.percentile(cosine, q), abs=1e-5)
+    assert found["resultant_length"] == pytest.approx(np.linalg.norm(w.mean(0)), abs=1e-6)
+
+
 def test_watch__needs_patience_and_speaks_once_per_collapse():
     watch = CollapseWatch(K, patience=3)
     bad, healthy = {"target_information_share": 0.02}, {"target_information_share": 0.04}
