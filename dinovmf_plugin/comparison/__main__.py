@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from dinovmf_plugin.comparison.cells import check_picture, draw_cells
+from dinovmf_plugin.comparison.cells import cells_figure, check_picture, draw_picture
+from dinovmf_plugin.comparison.charts import void_figure
 from dinovmf_plugin.comparison.collect import collect
+from dinovmf_plugin.comparison.results import group_runs, read_results
 from dinovmf_plugin.runs.cli import one_clear_message
 
 
@@ -23,12 +25,17 @@ def main() -> None:
         "--cells",
         help="draw components in use and kNN of the six cells into this .svg, .png or .pdf",
     )
+    parser.add_argument("--void", help="draw how a void set forms over the epochs into such a file")
     args = parser.parse_args()
-    if args.cells is not None:
-        check_picture(args.cells)
+    for option in ("cells", "void"):
+        if getattr(args, option) is not None:
+            check_picture(f"--{option}", getattr(args, option))
     summary = collect(args.output_dir, args.against)
+    groups = group_runs(read_results(args.output_dir))
     if args.cells is not None:
-        draw_cells(args.output_dir, summary["headline"], args.cells)
+        draw_picture(lambda: cells_figure(groups, summary["headline"]), args.cells)
+    if args.void is not None:
+        draw_picture(lambda: void_figure(groups), args.void)
 
 
 if __name__ == "__main__":

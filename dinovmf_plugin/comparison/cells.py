@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dinovmf_plugin.comparison.measures import components_in_use
-from dinovmf_plugin.comparison.results import Group, group_runs, read_results
+from dinovmf_plugin.comparison.results import Group
 from dinovmf_plugin.comparison.tables import metric_name
 from dinovmf_plugin.report.theme import THEMES
 from dinovmf_plugin.runs.files import replacing
 
-__all__ = ["cells_figure", "cells_of", "check_picture", "draw_cells"]
+__all__ = ["cells_figure", "cells_of", "check_picture", "draw_picture"]
 
 CENTERINGS = ("logit", "probability")
 CELLS = [(n, c) for c in CENTERINGS for n in ("none", "l2", "vmf")]
@@ -87,26 +87,21 @@ def cells_figure(groups: Sequence[Group], metric: str) -> Figure:
     return figure
 
 
-def check_picture(path: str | Path) -> None:
+def check_picture(option: str, path: str | Path) -> None:
     """Refuse a file that exists, and endings that are no picture's.
 
     Raises:
         FileExistsError, ValueError: saying so.
     """
     if Path(path).suffix not in (endings := (".svg", ".png", ".pdf")):
-        raise ValueError(f"--cells {path} must end in one of {', '.join(endings)}")
+        raise ValueError(f"{option} {path} must end in one of {', '.join(endings)}")
     if Path(path).exists():
-        raise FileExistsError(f"--cells {path} exists: remove it first, or name another file")
+        raise FileExistsError(f"{option} {path} exists: remove it first, or name another file")
 
 
-def draw_cells(output_dir: str | Path, metric: str, path: str | Path) -> None:
-    """Draw ``cells_figure`` of a comparison's folder on white; the format is that of the path's ending.
-
-    Raises:
-        ValueError: if the folder has none of the six cells.
-    """
+def draw_picture(make: Callable[[], Figure], path: str | Path) -> None:
+    """Draw a figure on white, in the format of the path's ending; ``make`` is called in the light theme."""
     with mpl.rc_context(THEMES["light"]):  # type: ignore[arg-type]
-        figure = cells_figure(group_runs(read_results(output_dir)), metric)
         undated = {"Date": None} if Path(path).suffix == ".svg" else None
         with replacing(path) as draft:
-            figure.savefig(draft, facecolor="white", metadata=undated)
+            make().savefig(draft, facecolor="white", metadata=undated)

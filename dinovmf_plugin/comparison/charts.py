@@ -16,7 +16,7 @@ from dinovmf_plugin.report.learning import learning_chart
 from dinovmf_plugin.report.theme import themed
 from dinovmf_plugin.training.alarms import LEAST_SHARE
 
-__all__ = ["curve_charts", "learning_of_groups", "seeds_chart", "stability_chart"]
+__all__ = ["curve_charts", "learning_of_groups", "seeds_chart", "stability_chart", "void_figure"]
 
 Themes = dict[str, bytes]
 _LINES = ("-", "--", ":")
@@ -67,9 +67,9 @@ def _of_curve(key: str) -> Series:
     return lambda run: [(r["epoch"], r[key]) for r in run["curve"] if r.get(key) is not None]
 
 
-def _of_monitor(key: str) -> Series:
+def _of_monitor(key: str, factor: float = 1) -> Series:
     return lambda run: [
-        (r["epoch"] + 1, r[key]) for r in run["monitor"]["epoch"] if r.get(key) is not None
+        (r["epoch"] + 1, factor * r[key]) for r in run["monitor"]["epoch"] if r.get(key) is not None
     ]
 
 
@@ -80,6 +80,11 @@ def curve_charts(groups: Sequence[Group], k: int) -> list[tuple[Themes, str]]:
         ("loss", "Training loss", _of_curve("loss")),
         ("median κ", "Concentration of the teacher's components", _of_monitor("kappa_median")),
         ("unique prototypes", "Prototypes without duplicates", _of_monitor("unique_prototypes")),
+        (
+            "cosine with the mean of y",
+            "Median cosine of the prototypes with the data: -1 in a void set",
+            _of_monitor("data_cosine_median"),
+        ),
     )
     charts = []
     for ylabel, caption, series in wanted:
@@ -87,6 +92,35 @@ def curve_charts(groups: Sequence[Group], k: int) -> list[tuple[Themes, str]]:
         if draw is not None:
             charts.append((_chart("epoch", ylabel, draw), f"{caption}; one line per seed"))
     return charts
+
+
+def void_figure(groups: Sequence[Group]) -> Figure:
+    """A void set over time: prototypes that win, copies of one another, their cosine with the data.
+
+    One line per run; epochs below.
+
+    Raises:
+        ValueError: if no run has recorded it (comparisons of methods without prototypes).
+    """
+    wanted = (
+        ("prototypes that win an image (%)", "win_share", 100),
+        ("in the largest set of copies (%)", "largest_duplicate_share", 100),
+        ("median cosine with the mean of y", "data_cosine_median", 1),
+    )
+    figure = Figure(figsize=(9.6, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(wanted))
+    for (label, key, factor), axes in zip(wanted, panels, strict=True):
+        draw = _curves(groups, _of_monitor(key, factor))
+        if draw is None:
+            raise ValueError(f"no run has recorded {key}: there is no void set to draw")
+        draw(axes)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[1].set_ylim(-3, 103)
+    panels[2].set_ylim(-1.03, 0.2)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
+    return figure
 
 
 def learning_of_groups(groups: Sequence[Group]) -> Themes | None:

@@ -14,6 +14,7 @@ from scipy import stats
 
 from dinovmf_plugin.comparison import __main__ as command
 from dinovmf_plugin.comparison.cells import cells_figure, cells_of
+from dinovmf_plugin.comparison.charts import void_figure
 from dinovmf_plugin.comparison.collect import collect
 from dinovmf_plugin.comparison.measures import differences_table, learning_table
 from dinovmf_plugin.comparison.results import group_runs, read_results
@@ -114,6 +115,28 @@ def test_cells__every_seed_is_a_dot__other_methods_are_left_out(two_cells: Path)
     names = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     assert names == ["none\nDINO", "vmf\nDINO-vMF"]
     assert 60.0 in [float(line.get_ydata()[0]) for line in figure.axes[1].lines]  # type: ignore[index,arg-type]
+
+
+def test_void__lines_are_the_records_over_the_epochs(two_cells: Path) -> None:
+    groups = group_runs(read_results(two_cells))[:2]
+    with pytest.raises(ValueError, match="no run has recorded win_share"):
+        void_figure(groups)
+    for at, group in enumerate(groups):
+        for run in group.runs:
+            run["monitor"]["epoch"] = [
+                {
+                    "epoch": epoch,
+                    "win_share": 0.5 / (epoch + 1),
+                    "largest_duplicate_share": 0.3 * epoch,
+                    "data_cosine_median": -0.1 * (at + epoch + run["seed"]),
+                }
+                for epoch in (0, 1)
+            ]
+    wins, copies, cosines = void_figure(groups).axes
+    assert [list(line.get_ydata()) for line in wins.lines] == [[50.0, 25.0]] * 6  # type: ignore[arg-type]
+    assert list(copies.lines[0].get_ydata()) == [0.0, 30.0]  # type: ignore[arg-type]
+    assert list(cosines.lines[5].get_xdata()) == [1, 2]  # type: ignore[arg-type]
+    assert list(cosines.lines[5].get_ydata()) == pytest.approx([-0.3, -0.4])  # type: ignore[arg-type]
 
 
 def test_command__draws_the_cells__never_over_a_file(
